@@ -1,0 +1,135 @@
+"""Which device this process works on and which collective backend it talks through.
+
+A thin layer over `deepspeed.accelerator`: DeepSpeed already finds CUDA (nccl), Ascend NPU (hccl, through torch_npu) or CPU (gloo), and its
+engine uses the same object, so there is one answer in a process. This is the only file that names a device type or a backend.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONTROL_BACKEND = "gloo"
+"""The backend of votes and small Python objects on every device: it needs only host memory."""
+
+# Dense half-precision peak of one device in FLOP/s, by a part of its name. Vendor data sheets: NVIDIA V100, A100, H100 SXM, H200;
+# Ascend 910 from Huawei's announcement (256 TFLOPS FP16). A device that is not listed has an unknown peak: no utilisation is reported.
+_PEAK_FLOPS = {
+    "V100": 125e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "Ascend910A": 256e12,
+    "Ascend910ProA": 256e12,
+}
+
+
+def _accelerator() -> Any:  # DeepSpeed's accelerator classes carry no useful types
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
+
+
+def name() -> str:
+    """The device type: `cuda`, `npu` or `cpu`."""
+    return _accelerator()._name
+
+
+def backend() -> str:
+    """The collective backend: `nccl`, `hccl` or `gloo`."""
+    return _accelerator().communication_backend_name()
+
+
+def device() -> torch.device:
+    """This process's device."""
+    return torch.device("cpu") if name() == "cpu" else torch.device(_accelerator().current_device_name())
+
+
+def device_name() -> str:
+    """A name a person would recognise, for logs."""
+    return (
+        "CPU"
+        if name() == "cpu"
+        else str(_accelerator().get_device_name() if hasattr(_accelerator(), "get_device_name") else _device_model())
+    )
+
+
+def _device_model() -> str:
+    namespace = getattr(torch, name())
+    return str(namespace.get_device_name(namespace.current_device()))
+
+
+def peak_flops() -> float | None:
+    """Peak dense half-precision FLOP/s of the device, or None where it is not known."""
+    if name() == "cpu":
+        return None
+    model = _device_model()
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part.lower() in model.lower()), None)
+
+
+def supports(precision: str) -> bool:
+    """Whether the device trains in `fp32`, `bf16` or `fp16`, as DeepSpeed will judge it."""
+    if precision == "bf16":
+        return bool(_accelerator().is_bf16_supported())
+    if precision == "fp16":
+        return bool(_accelerator().is_fp16_supported())
+    return True
+
+
+def initialize(timeout_seconds: float) -> None:
+    """Choose the device of this process and start torch.distributed on its backend.
+
+    Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process started without a launcher becomes
+    a world of one.
+
+    Args:
+        timeout_seconds: after so long a collective that some rank has not joined fails.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import deepspeed
+
+    accelerator = _accelerator()
+    if name() == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls: a minute, and a compiler, for nothing.
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torch_npu demands this before the process group
+    if backend() == "hccl":
+        # HCCL reduces no float64, but DeepSpeed sums ZeRO-3 gradient norms in it wherever the accelerator does not deny having it.
+        type(accelerator).is_fp64_supported = lambda self: False
+    deepspeed.init_distributed(dist_backend=backend(), timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def get_rng_state() -> Tensor:
+    """State of the device's default generator (uint8)."""
+    return _accelerator().get_rng_state() if name() != "cpu" else torch.get_rng_state()
+
+
+def set_rng_state(state: Tensor) -> None:
+    """Set the state of the device's default generator."""
+    if name() == "cpu":
+        torch.set_rng_state(state)
+    else:
+        _accelerator().set_rng_state(state)
+
+
+def synchronize() -> None:
+    """Wait until the device has done all it was given."""
+    if name() != "cpu":
+        _accelerator().synchronize()
+
+
+def max_memory_allocated() -> int:
+    """Peak bytes of device memory that tensors of this process took; 0 on CPU, where nobody counts."""
+    return 0 if name() == "cpu" else int(_accelerator().max_memory_allocated())

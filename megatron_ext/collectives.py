@@ -1,0 +1,218 @@
+"""Every communication this project does itself: the autograd-aware collectives of tensor and sequence parallelism, and a few plain ones.
+
+Each differentiable function is named for what it does forward; its gradient does the conjugate (Megatron-LM, arXiv 1909.08053, section 3;
+sequence parallelism: arXiv 2205.05198, section 4.2.2):
+
+| forward | backward |
+|---|---|
+| copy_to_tensor_parallel: nothing | all-reduce |
+| reduce_from_tensor_parallel: all-reduce | nothing |
+| gather_from_tensor_parallel: all-gather | split |
+| scatter_to_sequence_parallel: split | all-gather |
+| gather_from_sequence_parallel: all-gather | reduce-scatter |
+| reduce_scatter_to_sequence_parallel: reduce-scatter | all-gather |
+
+Only sums are asked of a backend, never averages, `gather` or float64: HCCL has none of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext.topology import Group
+
+# torch 2.13 renamed the pair and warns about the old names; 2.6 has only those.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group, in place."""
+    if group.size > 1:
+        dist.all_reduce(x, group=group.handle)
+    return x
+
+
+def all_reduce_max(x: Tensor, group: Group) -> Tensor:
+    """Maximum over the group, in place."""
+    if group.size > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group.handle)
+    return x
+
+
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Concatenate every rank's `x` along `dim`, in rank order."""
+    if group.size == 1:
+        return x
+    gathered = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
+    _all_gather_into(gathered, x.contiguous(), group=group.handle)
+    return gathered if dim % x.dim() == 0 else torch.cat(gathered.chunk(group.size), dim=dim)
+
+
+def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Sum over the group; each rank keeps its slice of `dim`, which must divide by the group's size."""
+    if group.size == 1:
+        return x
+    stacked = x if dim % x.dim() == 0 else torch.cat(x.chunk(group.size, dim=dim))
+    scattered = x.new_empty((stacked.shape[0] // group.size, *stacked.shape[1:]))
+    _reduce_scatter_into(scattered, stacked.contiguous(), group=group.handle)
+    return scattered
+
+
+def split(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's slice of `x` along `dim`, which must divide by the group's size."""
+    if group.size == 1:
+        return x
+    width = x.shape[dim] // group.size
+    return x.narrow(dim, group.rank * width, width).contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous().clone(), ctx.group), None  # a gradient may be shared: never reduce it in place
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x.contiguous().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return split(grad, ctx.group, ctx.dim), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return split(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, ctx.group, ctx.dim), None, None
+
+
+class _GatherReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grad, ctx.group, ctx.dim), None, None
+
+
+class _ReduceScatterGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return reduce_scatter(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, ctx.group, ctx.dim), None, None
+
+
+def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+    """A replicated `x` enters computations that each rank does a part of; the gradient is the sum of the parts."""
+    return _Copy.apply(x, group) if group.size > 1 else x
+
+
+def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+    """The sum of every rank's part; the gradient is the same on all ranks and passes through."""
+    return _Reduce.apply(x, group) if group.size > 1 else x
+
+
+def gather_from_tensor_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
+    """All ranks' slices along `dim`, for a consumer that does the same on every rank; each rank takes back its slice of the gradient."""
+    return _Gather.apply(x, group, dim) if group.size > 1 else x
+
+
+def scatter_to_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's slice along `dim` of a replicated `x`."""
+    return _Scatter.apply(x, group, dim) if group.size > 1 else x
+
+
+def gather_from_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
+    """All ranks' slices along `dim`, entering computations that each rank does a part of; the gradient's parts are summed and split."""
+    return _GatherReduceScatter.apply(x, group, dim) if group.size > 1 else x
+
+
+def reduce_scatter_to_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's slice along `dim` of the sum of every rank's part."""
+    return _ReduceScatterGather.apply(x, group, dim) if group.size > 1 else x
+
+
+def is_initialized() -> bool:
+    """Whether this process belongs to a world of processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_rank() -> int:
+    """This process's global rank; 0 for a process that works alone."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 for a process that works alone."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def barrier(group: Group) -> None:
+    """Wait for every rank of the group."""
+    if group.size > 1:
+        dist.barrier(group=group.handle)
+
+
+def broadcast_object(value: Any, group: Group) -> Any:
+    """The value of the group's first rank, on every rank. For small Python objects of our own making."""
+    if group.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
+    return box[0]
+
+
+def all_gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's value, in the group's order."""
+    if group.size == 1:
+        return [value]
+    values: list[Any] = [None] * group.size
+    dist.all_gather_object(values, value, group=group.handle)
+    return values
+
+
+def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
+    """The tensor of the group's rank `source` (counted within the group), in place on every rank."""
+    if group.size > 1:
+        dist.broadcast(x, src=group.ranks[source], group=group.handle)
+    return x
+
+
+def shutdown() -> None:
+    """Leave the world of processes."""
+    if is_initialized():
+        dist.destroy_process_group()

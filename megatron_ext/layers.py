@@ -1,0 +1,198 @@
+"""Linear layers and embeddings split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3), and what stands between them.
+
+Shapes: B micro-batch, S sequence, I input features, O output features, V vocabulary, H hidden, T tensor-parallel size.
+Under sequence parallelism (arXiv 2205.05198, section 4.2.2) the activations between the parallel layers hold S/T positions a rank; the
+column-parallel layers gather them and the row-parallel layers scatter them again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ext.collectives import (
+    copy_to_tensor_parallel,
+    gather_from_sequence_parallel,
+    reduce_from_tensor_parallel,
+    reduce_scatter_to_sequence_parallel,
+    scatter_to_sequence_parallel,
+)
+from megatron_ext.context import ParallelContext
+from megatron_ext.initialize import make_parameter
+from megatron_ext.sharding import ONES, ZEROS, Init, ShardSpec
+
+SEQUENCE_DIM = 1
+
+
+def enter_tensor_parallel(x_BSH: Tensor, context: ParallelContext) -> Tensor:
+    """Hand the residual stream to column-parallel layers: the whole sequence on every rank, its gradient summed over the ranks.
+
+    Layers that share an input (query, key and value) share this one communication.
+    """
+    if context.sequence_parallel:
+        return gather_from_sequence_parallel(x_BSH, context.tensor, SEQUENCE_DIM)
+    return copy_to_tensor_parallel(x_BSH, context.tensor)
+
+
+def leave_tensor_parallel(partial_BSH: Tensor, context: ParallelContext) -> Tensor:
+    """Sum the ranks' parts into the residual stream; under sequence parallelism each rank keeps its positions."""
+    if context.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel(partial_BSH, context.tensor, SEQUENCE_DIM)
+    return reduce_from_tensor_parallel(partial_BSH, context.tensor)
+
+
+def split_sequence(x_BSH: Tensor, context: ParallelContext) -> Tensor:
+    """Put a tensor that every rank holds whole on the residual stream."""
+    return scatter_to_sequence_parallel(x_BSH, context.tensor, SEQUENCE_DIM) if context.sequence_parallel else x_BSH
+
+
+def replicated(parameter: Tensor, context: ParallelContext) -> Tensor:
+    """A replicated parameter as the residual stream uses it.
+
+    Under sequence parallelism each rank applies it to other positions, so its gradient is a sum over the group. Summing it here, inside
+    autograd, holds under every engine and ZeRO stage; a hook added to DeepSpeed's own reduction would not.
+    """
+    return copy_to_tensor_parallel(parameter, context.tensor) if context.sequence_parallel else parameter
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ + b with W split along its output features; each rank computes O/T of them.
+
+    The caller hands in an input that has entered tensor parallelism (`enter_tensor_parallel`).
+
+    Args:
+        in_features: I.
+        out_features: O of the full weight; must divide by T.
+        context: where the layer runs.
+        name: canonical name; `.weight` and `.bias` are appended.
+        init: of the weight. The bias starts at zero.
+
+    Shapes: x_BSI, whole sequence -> y_BSO with O/T features.
+
+    Raises:
+        LayoutError: if `out_features` does not divide by T.
+    """
+
+    def __init__(self, in_features: int, out_features: int, context: ParallelContext, *, name: str, init: Init) -> None:
+        super().__init__()
+        self.weight = make_parameter(ShardSpec(f"{name}.weight", (out_features, in_features), init, split_dim=0), context)
+        self.bias = make_parameter(ShardSpec(f"{name}.bias", (out_features,), ZEROS, split_dim=0), context)
+
+    def forward(self, x_BSI: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.linear(x_BSI, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ + b with W split along its input features; the ranks' partial products are summed and leave tensor parallelism.
+
+    The bias is added once, after the sum, so that T ranks do not add it T times.
+
+    Args:
+        in_features: I of the full weight; must divide by T.
+        out_features: O.
+        context: where the layer runs.
+        name: canonical name; `.weight` and `.bias` are appended.
+        init: of the weight. The bias starts at zero.
+
+    Shapes: x_BSI with I/T features -> y_BSO; S/T positions under sequence parallelism.
+
+    Raises:
+        LayoutError: if `in_features` does not divide by T.
+    """
+
+    def __init__(self, in_features: int, out_features: int, context: ParallelContext, *, name: str, init: Init) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = make_parameter(ShardSpec(f"{name}.weight", (out_features, in_features), init, split_dim=1), context)
+        self.bias = make_parameter(ShardSpec(f"{name}.bias", (out_features,), ZEROS), context)
+
+    def forward(self, x_BSI: Tensor) -> Tensor:
+        """Apply the layer."""
+        return leave_tensor_parallel(F.linear(x_BSI, self.weight), self.context) + replicated(self.bias, self.context)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A table of V rows split over the ranks; also the output layer that is tied to it.
+
+    A vocabulary that does not divide by T is padded with zero rows that are never looked up; who reads logits masks them
+    (`vocab_parallel_cross_entropy`, `gather_logits`).
+
+    Args:
+        num_embeddings: V, without padding.
+        embedding_dim: H.
+        context: where the layer runs.
+        name: canonical name; `.weight` is appended.
+        init: of the table.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, context: ParallelContext, *, name: str, init: Init) -> None:
+        super().__init__()
+        self.context = context
+        spec = ShardSpec(f"{name}.weight", (num_embeddings, embedding_dim), init, split_dim=0, padded=True)
+        self.first_id = spec.offset(context.tensor.rank, context.tensor.size)
+        self.num_local = spec.local_shape(context.tensor.size)[0]
+        self.weight = make_parameter(spec, context)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Look ids up.
+
+        Shapes: ids_BS int64, whole sequence -> x_BSH; S/T positions under sequence parallelism.
+        """
+        if self.context.tensor.size == 1:
+            return F.embedding(ids_BS, self.weight)
+        local_BS = ids_BS - self.first_id
+        foreign_BS = (local_BS < 0) | (local_BS >= self.num_local)
+        partial_BSH = F.embedding(local_BS.masked_fill(foreign_BS, 0), self.weight).masked_fill(foreign_BS.unsqueeze(-1), 0.0)
+        return leave_tensor_parallel(partial_BSH, self.context)
+
+    def logits(self, x_BSH: Tensor) -> Tensor:
+        """Scores of this rank's ids: the output layer tied to the table, without a bias.
+
+        Shapes: x_BSH on the residual stream -> logits_BSV, whole sequence, this rank's V/T ids (padding included, not masked).
+        """
+        return F.linear(enter_tensor_parallel(x_BSH, self.context), self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over H on the residual stream (biased variance, epsilon inside the square root).
+
+    The kernel computes in fp32 whatever the dtype of its input.
+    """
+
+    def __init__(self, dim: int, context: ParallelContext, *, name: str, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.context = context
+        self.eps = eps
+        self.weight = make_parameter(ShardSpec(f"{name}.weight", (dim,), ONES), context)
+        self.bias = make_parameter(ShardSpec(f"{name}.bias", (dim,), ZEROS), context)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        """Apply the layer."""
+        weight, bias = replicated(self.weight, self.context), replicated(self.bias, self.context)
+        return F.layer_norm(x_BSH, weight.shape, weight, bias, self.eps)
+
+
+class Embedding(nn.Module):
+    """A table that every rank holds whole (positions).
+
+    Looked up for the whole sequence on every rank, so that its gradient needs no sum of its own.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, context: ParallelContext, *, name: str, init: Init) -> None:
+        super().__init__()
+        self.weight = make_parameter(ShardSpec(f"{name}.weight", (num_embeddings, embedding_dim), init), context)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Look ids up: ids_BS int64 -> x_BSH, whole sequence."""
+        return F.embedding(ids_BS, self.weight)
+
+
+def mask_padded_ids(logits_V: Tensor, first_id: int, vocab_size: int) -> Tensor:
+    """Logits whose last dimension holds ids from `first_id` on, with -inf for the ids that only pad the vocabulary."""
+    num_real = max(0, min(logits_V.shape[-1], vocab_size - first_id))
+    if num_real == logits_V.shape[-1]:
+        return logits_V
+    padded = torch.arange(logits_V.shape[-1], device=logits_V.device) >= num_real
+    return logits_V.masked_fill(padded, float("-inf"))

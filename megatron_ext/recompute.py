@@ -1,0 +1,27 @@
+"""Rematerialization: drop activations in the forward pass and compute them again in the backward pass, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ext.random import RngStreams
+
+MODES = ("none", "selective", "full")
+"""`selective` recomputes core attention only (arXiv 2205.05198, section 5); `full` recomputes whole layers."""
+
+
+def recompute(function: Callable[..., Tensor], *args: object, rng: RngStreams) -> Tensor:
+    """`function(*args)`, keeping only its arguments for the backward pass.
+
+    torch restores the default generator by itself. It does not know the tensor-parallel stream: without restoring that one too, dropout
+    masks differ in the second run and the gradients are silently wrong.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), rng.replay(rng.tensor_parallel_state)
+
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)

@@ -1,0 +1,177 @@
+"""Where a rank sits in the grid of pipeline, data and tensor parallelism, and the process groups along each axis.
+
+The tensor axis varies fastest, the pipeline axis slowest: `rank = (pipe * data_size + data) * tensor_size + tensor`. Tensor-parallel
+neighbours therefore share a server, as the paper places them (arXiv 2104.12369, section 4.2), and DeepSpeed's
+`PipeModelDataParallelTopology` numbers ranks the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class LayoutError(ValueError):
+    """A layout that cannot run: sizes that do not multiply or divide as they must."""
+
+
+class Coordinates(NamedTuple):
+    """A rank's place on each axis."""
+
+    pipe: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes of the three axes of the grid of processes."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    def __post_init__(self) -> None:
+        for axis in ("tensor", "pipeline", "data"):
+            if getattr(self, axis) < 1:
+                raise LayoutError(f"the {axis}-parallel size is {getattr(self, axis)}; it must be 1 or more.")
+
+    @classmethod
+    def from_world_size(cls, world_size: int, *, tensor: int, pipeline: int) -> Topology:
+        """The grid of `world_size` processes; the data-parallel size is what remains.
+
+        Raises:
+            LayoutError: if tensor × pipeline does not divide the number of processes.
+        """
+        if tensor < 1 or pipeline < 1 or world_size % (tensor * pipeline):
+            raise LayoutError(
+                f"{world_size} processes cannot be arranged as tensor {tensor} x pipeline {pipeline} x data: "
+                f"{world_size} is not a multiple of {tensor} x {pipeline} = {tensor * pipeline}. "
+                f"Start a multiple of {tensor * pipeline} processes, or change parallel.tensor or parallel.pipeline."
+            )
+        return cls(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline))
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """The place of a global rank on each axis."""
+        if not 0 <= rank < self.world_size:
+            raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} processes.")
+        rest, tensor = divmod(rank, self.tensor)
+        pipe, data = divmod(rest, self.data)
+        return Coordinates(pipe=pipe, data=data, tensor=tensor)
+
+    def rank(self, pipe: int, data: int, tensor: int) -> int:
+        """The global rank at a place."""
+        return (pipe * self.data + data) * self.tensor + tensor
+
+    def tensor_groups(self) -> list[tuple[int, ...]]:
+        """Global ranks of every tensor-parallel group: they hold slices of the same layers and see the same samples."""
+        return [tuple(self.rank(pipe, data, t) for t in range(self.tensor)) for pipe in range(self.pipeline) for data in range(self.data)]
+
+    def data_groups(self) -> list[tuple[int, ...]]:
+        """Global ranks of every data-parallel group: they hold equal parameters and see different samples."""
+        return [
+            tuple(self.rank(pipe, d, tensor) for d in range(self.data)) for pipe in range(self.pipeline) for tensor in range(self.tensor)
+        ]
+
+    def pipeline_groups(self) -> list[tuple[int, ...]]:
+        """Global ranks of every pipeline: the stages that together hold one copy of one tensor slice."""
+        return [
+            tuple(self.rank(p, data, tensor) for p in range(self.pipeline)) for data in range(self.data) for tensor in range(self.tensor)
+        ]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group as one rank sees it.
+
+    `handle` is None in a world of one process, and for groups that are only counted with (a dry run). Collectives over a group of one do
+    nothing.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    handle: ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        return len(self.ranks)
+
+
+SINGLE = Group(ranks=(0,), rank=0)
+"""The group of a process that works alone."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's group along each axis of the topology.
+
+    `world` is for control: barriers, votes and small Python objects of all ranks, over a backend that serves host memory.
+    """
+
+    topology: Topology
+    coordinates: Coordinates
+    tensor: Group
+    pipeline: Group
+    data: Group
+    world: Group
+
+    @classmethod
+    def describe(cls, topology: Topology, rank: int) -> Groups:
+        """The groups of `rank` by arithmetic alone: no process is needed, and none can be talked to."""
+        place = topology.coordinates(rank)
+
+        def mine(groups: list[tuple[int, ...]]) -> Group:
+            ranks = next(ranks for ranks in groups if rank in ranks)
+            return Group(ranks, ranks.index(rank))
+
+        return cls(
+            topology,
+            place,
+            tensor=mine(topology.tensor_groups()),
+            pipeline=mine(topology.pipeline_groups()),
+            data=mine(topology.data_groups()),
+            world=Group(tuple(range(topology.world_size)), rank),
+        )
+
+    @classmethod
+    def create(cls, topology: Topology) -> Groups:
+        """Create the process groups. Every rank must call this, after torch.distributed has been initialised.
+
+        Raises:
+            LayoutError: if the number of running processes is not the topology's.
+        """
+        import torch.distributed as dist
+
+        from megatron_ext.accelerator import CONTROL_BACKEND
+
+        if dist.get_world_size() != topology.world_size:
+            raise LayoutError(f"{dist.get_world_size()} processes run, but the layout {topology} is for {topology.world_size}.")
+        rank = dist.get_rank()
+
+        def create_axis(groups: list[tuple[int, ...]]) -> Group:
+            found: Group | None = None
+            for ranks in groups:  # every rank takes part in the creation of every group, in the same order
+                handle = dist.new_group(list(ranks)) if topology.world_size > 1 else None
+                if rank in ranks:
+                    found = Group(ranks, ranks.index(rank), handle)
+            assert found is not None
+            return found
+
+        everyone = dist.new_group(backend=CONTROL_BACKEND) if topology.world_size > 1 else None
+        return cls(
+            topology,
+            topology.coordinates(rank),
+            world=Group(tuple(range(topology.world_size)), rank, everyone),
+            tensor=create_axis(topology.tensor_groups()),
+            pipeline=create_axis(topology.pipeline_groups()),
+            data=create_axis(topology.data_groups()),
+        )

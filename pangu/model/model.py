@@ -1,0 +1,88 @@
+"""PanGu-α as one module: ZeRO training without a pipeline, inference, conversion.
+
+The pipeline (pangu.model.pipeline) is built from the same parts and gives the same numbers.
+Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from megatron_ext.collectives import all_gather
+from megatron_ext.context import ParallelContext
+from megatron_ext.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.layers import LayerNorm, mask_padded_ids
+from megatron_ext.topology import Group
+from pangu.config import ModelConfig
+from pangu.model.block import Block, Cache, RunOptions
+from pangu.model.embedding import PositionEmbedding, WordEmbedding
+from pangu.model.query_layer import QueryLayer
+
+
+class PanguModel(nn.Module):
+    """The whole model, or this rank's slice of it.
+
+    Args:
+        config: sizes and dialect.
+        context: where it runs and how it is split.
+        options: what this run decides; the default serves inference.
+    """
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, options: RunOptions | None = None) -> None:
+        super().__init__()
+        options = options or RunOptions()
+        self.config, self.context = config, context
+        self.wte = WordEmbedding(config, context)
+        self.position = PositionEmbedding(config, context)
+        self.blocks = nn.ModuleList(Block(config, context, options, index=i) for i in range(config.num_layers - 1))
+        self.ln_f = LayerNorm(config.hidden_size, context, name="transformer.ln_f")
+        self.query_layer = QueryLayer(config, context, options)
+
+    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
+        """The mean loss of a micro-batch (fp32 scalar): see `language_model_loss`."""
+        logits_BSV = self.logits(tokens_BS, position_ids_BS)
+        return language_model_loss(logits_BSV, labels_BS, loss_mask_BS, vocab_size=self.config.vocab_size, group=self.context.tensor)
+
+    def logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """Scores of the next token at every position.
+
+        Args:
+            tokens_BS: int64, whole sequence on every rank.
+            position_ids_BS: int64, the position of each token in its document.
+            caches: one a layer, query layer last, while generating.
+
+        Returns:
+            [B, S, V/T]: this rank's slice of the padded vocabulary (`gather_logits` makes it whole).
+        """
+        caches = caches or [None] * self.config.num_layers  # type: ignore[list-item]
+        x_BSH = self.position(self.wte(tokens_BS), position_ids_BS)
+        for block, cache in zip(self.blocks, caches[:-1], strict=True):
+            x_BSH = block(x_BSH, position_ids_BS, cache)
+        if self.config.final_norm == "before_query":
+            x_BSH = self.query_layer(self.ln_f(x_BSH), position_ids_BS, caches[-1])
+        else:
+            x_BSH = self.ln_f(self.query_layer(x_BSH, position_ids_BS, caches[-1]))
+        return self.wte.logits(x_BSH)
+
+
+def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, *, vocab_size: int, group: Group) -> Tensor:
+    """Mean negative log-likelihood over the tokens whose mask is 1, in nats; 0 where there is none.
+
+    Args:
+        logits_BSV: this rank's slice [B, S, V/T].
+        labels_BS: int64.
+        loss_mask_BS: 0 or 1.
+        vocab_size: V without padding.
+        group: the tensor-parallel group.
+    """
+    loss_BS = vocab_parallel_cross_entropy(logits_BSV, labels_BS, vocab_size=vocab_size, group=group)
+    mask_BS = loss_mask_BS.to(loss_BS.dtype)
+    return (loss_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1.0)
+
+
+def gather_logits(logits_BSV: Tensor, *, vocab_size: int, group: Group) -> Tensor:
+    """The whole vocabulary's logits from each rank's slice, the padding cut off: [..., V/T] -> [..., V] on every rank."""
+    masked = mask_padded_ids(logits_BSV, group.rank * logits_BSV.shape[-1], vocab_size)
+    return all_gather(masked, group, dim=-1)[..., :vocab_size]

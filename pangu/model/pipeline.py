@@ -1,0 +1,170 @@
+"""The same model as DeepSpeed pipeline stages.
+
+Between two layers goes (x, position ids): the residual stream and nothing else is needed, for the position ids say where documents begin, so
+no attention mask ever crosses a stage boundary. The word embedding is the one tied module: first and last stage each hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from megatron_ext.context import ParallelContext
+from megatron_ext.layers import LayerNorm, VocabParallelEmbedding
+from megatron_ext.topology import Topology
+from pangu.config import ModelConfig
+from pangu.model.block import Block, RunOptions
+from pangu.model.embedding import PositionEmbedding, WordEmbedding
+from pangu.model.model import language_model_loss
+from pangu.model.query_layer import QueryLayer
+
+if TYPE_CHECKING:
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+Activations = tuple[Tensor, Tensor]
+"""x_BSH on the residual stream, position_ids_BS int64 for the whole sequence."""
+
+
+def _look_up(words: VocabParallelEmbedding, inputs: Activations) -> Activations:
+    tokens_BS, position_ids_BS = inputs
+    return words(tokens_BS), position_ids_BS
+
+
+def _output(words: VocabParallelEmbedding, inputs: Activations) -> Tensor:
+    return words.logits(inputs[0])
+
+
+class PipePositionEmbedding(PositionEmbedding):
+    """The position embedding as a pipeline layer."""
+
+    def forward(self, inputs: Activations) -> Activations:  # type: ignore[override]
+        """(words, position ids) -> (x, position ids)."""
+        return super().forward(*inputs), inputs[1]
+
+
+class PipeBlock(Block):
+    """A block as a pipeline layer."""
+
+    def forward(self, inputs: Activations) -> Activations:  # type: ignore[override]
+        """(x, position ids) -> (x, position ids)."""
+        return super().forward(*inputs), inputs[1]
+
+
+class PipeLayerNorm(LayerNorm):
+    """The final layer norm as a pipeline layer."""
+
+    def forward(self, inputs: Activations) -> Activations:  # type: ignore[override]
+        """(x, position ids) -> (x, position ids)."""
+        return super().forward(inputs[0]), inputs[1]
+
+
+class PipeQueryLayer(QueryLayer):
+    """The query layer as a pipeline layer."""
+
+    def forward(self, inputs: Activations) -> Activations:  # type: ignore[override]
+        """(x, position ids) -> (x, position ids)."""
+        return super().forward(*inputs), inputs[1]
+
+
+def pipeline_layers(config: ModelConfig, context: ParallelContext, options: RunOptions) -> list[LayerSpec]:
+    """The model as a list of layers that build themselves when a stage wants them."""
+    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+    blocks = [LayerSpec(PipeBlock, config, context, options, index=i) for i in range(config.num_layers - 1)]
+    final_norm = LayerSpec(PipeLayerNorm, config.hidden_size, context, name="transformer.ln_f")
+    query_layer = LayerSpec(PipeQueryLayer, config, context, options)
+    top = [final_norm, query_layer] if config.final_norm == "before_query" else [query_layer, final_norm]
+    return [
+        TiedLayerSpec("words", WordEmbedding, config, context, forward_fn=_look_up),
+        LayerSpec(PipePositionEmbedding, config, context),
+        *blocks,
+        *top,
+        TiedLayerSpec("words", WordEmbedding, config, context, forward_fn=_output),
+    ]
+
+
+def layer_costs(config: ModelConfig) -> list[int]:
+    """What each entry of `pipeline_layers` weighs when stages are balanced: its parameters.
+
+    A block's time, memory and optimizer step go with its parameters; so do those of the logits, and the embedding's memory and step.
+    """
+    h, f = config.hidden_size, config.ffn_hidden_size
+    words, positions, block, norm = config.vocab_size * h, config.max_positions * h, 4 * h * h + 2 * h * f + 9 * h + f, 2 * h
+    query = block + positions
+    top = [norm, query] if config.final_norm == "before_query" else [query, norm]
+    return [words, positions, *[block] * (config.num_layers - 1), *top, words]
+
+
+def stage_bounds(config: ModelConfig, num_stages: int) -> list[int]:
+    """Stage s holds `pipeline_layers[bounds[s]:bounds[s + 1]]`: consecutive, never empty, the heaviest as light as can be."""
+    return balance(layer_costs(config), num_stages)
+
+
+def balance(costs: Sequence[int], num_parts: int) -> list[int]:
+    """Bounds that cut `costs` into consecutive non-empty parts with the least maximum; among those, with evenly filled parts."""
+    prefix = [0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    # best[end]: (maximum, sum of squares, bounds) of the best cut of costs[:end] into the parts so far.
+    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [0])}
+    for part in range(1, num_parts + 1):
+        longest = len(costs) - (num_parts - part)
+        best = {
+            end: min(
+                (max(worst, prefix[end] - prefix[begin]), squares + (prefix[end] - prefix[begin]) ** 2, [*bounds, end])
+                for begin, (worst, squares, bounds) in best.items()
+                if begin < end
+            )
+            for end in range(part, longest + 1)
+        }
+    return best[len(costs)][2]
+
+
+def pipeline_loss(config: ModelConfig, context: ParallelContext) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
+    """The loss function of the last stage: (logits, (labels, loss mask)) -> scalar."""
+
+    def loss(logits_BSV: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        return language_model_loss(logits_BSV, *labels, vocab_size=config.vocab_size, group=context.tensor)
+
+    return loss
+
+
+def build_pipeline(config: ModelConfig, context: ParallelContext, options: RunOptions, topology: Topology) -> PipelineModule:
+    """This rank's stage as a DeepSpeed PipelineModule. torch.distributed must be initialised."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    bounds = stage_bounds(config, topology.pipeline)
+
+    class PanguPipeline(PipelineModule):
+        """Cuts the layers where `stage_bounds` says; DeepSpeed's own methods build every layer, or do not count the logits."""
+
+        def _partition_layers(self, method: str = "") -> None:
+            self.parts = bounds
+            self._set_bounds(bounds[self.stage_id], bounds[self.stage_id + 1])
+
+    with quiet():
+        return PanguPipeline(
+            layers=pipeline_layers(config, context, options),
+            topology=PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data),
+            loss_fn=pipeline_loss(config, context),
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Keep DeepSpeed's announcements off the terminal; warnings still come through."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

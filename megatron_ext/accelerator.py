@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -108,6 +109,8 @@ def initialize(timeout_seconds: float) -> None:
     if backend() == "hccl":
         # HCCL reduces no float64, but DeepSpeed sums ZeRO-3 gradient norms in it wherever the accelerator does not deny having it.
         type(accelerator).is_fp64_supported = lambda self: False
+    # DeepSpeed still calls these by their names of before torch 2.13, thousands of times a run.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_backend=backend(), timeout=timedelta(seconds=timeout_seconds), verbose=False)
 
 

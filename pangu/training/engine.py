@@ -1,0 +1,215 @@
+"""One training engine for every layout: DeepSpeed's pipeline engine where there are stages, its plain engine otherwise.
+
+The silent errors of DeepSpeed that this file guards against are named where they are met; each has a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext import accelerator
+from megatron_ext.collectives import all_reduce
+from megatron_ext.context import Fill, ParallelContext
+from megatron_ext.random import RngStreams
+from megatron_ext.sharding import spec_of
+from megatron_ext.topology import Groups
+from pangu.config import Config, deepspeed_config
+from pangu.data.batches import Batch
+from pangu.errors import InputError
+from pangu.model.block import RunOptions
+from pangu.model.model import PanguModel
+from pangu.model.pipeline import build_pipeline, quiet
+from pangu.training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float
+    """Mean over the global batch, nats per token."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    skipped: bool
+    """fp16 only: the gradients overflowed at this loss scale, so the weights stayed as they were."""
+    loss_scale: float | None
+    """fp16 only."""
+
+
+class TrainingEngine:
+    """The model of one rank with its optimizer.
+
+    Args:
+        config: the run.
+        groups: this rank's process groups; torch.distributed is initialised.
+        fill: where the initial weights come from.
+    """
+
+    def __init__(self, config: Config, groups: Groups, fill: Fill) -> None:
+        import deepspeed
+
+        if not accelerator.supports(config.train.precision):
+            raise InputError(
+                f"train.precision = {config.train.precision}: {accelerator.device_name()} does not train in it. "
+                f"Choose {' or '.join(p for p in ('bf16', 'fp16', 'fp32') if accelerator.supports(p))}."
+            )
+        self.config, self.groups = config, groups
+        self.rng = RngStreams(config.train.seed, groups.coordinates)
+        self.has_pipeline = groups.topology.pipeline > 1
+        settings = deepspeed_config(config, groups.topology)
+        self.micro_batches = settings["gradient_accumulation_steps"]
+        if config.parallel.zero_stage == 0:
+            # Without ZeRO, DeepSpeed clips but does not tell the norm; `_clip` does both.
+            settings["gradient_clipping"] = 0.0
+        context = ParallelContext(
+            tensor=groups.tensor,
+            sequence_parallel=config.parallel.sequence,
+            device=accelerator.device(),
+            fill=fill,
+            rng=self.rng,
+        )
+        options = RunOptions(recompute=config.parallel.recompute, reset_at_document=config.data.eod_reset)
+        mpu = None if self.has_pipeline or groups.topology.tensor == 1 else _ModelParallelUnit(groups)
+        module: Any
+        if self.has_pipeline:
+            module = build_pipeline(config.model, context, options, groups.topology)
+        else:
+            # ZeRO-3 shards each module as it is made, so that no rank ever holds the whole model. It must be given the group:
+            # with the `mpu` alone it shards over all ranks, and one tensor rank's slices overwrite another's.
+            sharded = (
+                deepspeed.zero.Init(config_dict_or_path=settings, mpu=mpu, data_parallel_group=mpu and groups.data.handle)
+                if config.parallel.zero_stage == 3
+                else contextlib.nullcontext()
+            )
+            with quiet(), sharded:
+                module = PanguModel(config.model, context, options)
+        offload = bool(settings["zero_optimization"].get("offload_optimizer"))
+        optimizer, self.optimizer_name = build_optimizer(config.optimizer, module.parameters(), offload=offload)
+        with quiet():
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
+        self.module = self.engine.module
+
+    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+        """Consume one global batch: forward, backward, clip, update.
+
+        Args:
+            batches: this rank's micro-batches. A stage in the middle of a pipeline takes none.
+            learning_rate: of this step.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm: float | None = None
+        if self.has_pipeline:
+            loss = self.engine.train_batch(data_iter=map(_pipeline_batch, batches))
+        else:
+            self.engine.train()
+            loss = torch.zeros((), device=self.engine.device)
+            for _ in range(self.micro_batches):
+                micro_loss = self.engine(*self._inputs(next(batches)))
+                self.engine.backward(micro_loss)
+                loss += micro_loss.detach().float() / self.micro_batches
+                if self.config.parallel.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+                    grad_norm = self._clip()
+                self.engine.step()
+            loss = self._mean_over_data(loss)
+        if grad_norm is None:
+            grad_norm = float(self.engine.get_global_grad_norm())
+        fp16 = self.config.train.precision == "fp16"
+        skipped = fp16 and not self.engine.was_step_applied()
+        return StepResult(
+            float(loss), math.inf if skipped else grad_norm, skipped, float(self.engine.optimizer.loss_scale) if fp16 else None
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], num_global_batches: int) -> float:
+        """Mean loss over `num_global_batches`, nats per token, the same on every rank."""
+        total = torch.zeros((), device=self.engine.device)
+        self.module.eval()
+        for _ in range(num_global_batches):
+            if self.has_pipeline:
+                # Leftovers of the last call would be added to this one's result, or break it on the last stage only.
+                self.engine.total_loss, self.engine.fwd_outputs = None, []
+                total += self.engine.eval_batch(map(_pipeline_batch, batches)).float().squeeze()
+            else:
+                for _ in range(self.micro_batches):
+                    total += self.module(*self._inputs(next(batches))).float() / self.micro_batches
+        self.module.train()
+        if not self.has_pipeline:
+            total = self._mean_over_data(total)
+        return float(total) / num_global_batches
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        device = self.engine.device
+        return tuple(x.to(device, non_blocking=True) for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask))
+
+    def _mean_over_data(self, value: Tensor) -> Tensor:
+        return all_reduce(value, self.groups.data) / self.groups.data.size
+
+    def _clip(self) -> float:
+        """Clip this step's averaged gradients by their global norm; returns the norm before clipping.
+
+        Slices are summed over the tensor-parallel group and replicated parameters counted once, as their ShardSpecs say.
+        """
+        squares = torch.zeros(2, device=self.engine.device)  # split, replicated
+        gradients = []
+        for parameter in self.module.parameters():
+            assert parameter.grad is not None, spec_of(parameter).name
+            gradients.append(parameter.grad)
+            squares[0 if spec_of(parameter).split_dim is not None else 1] += parameter.grad.float().square().sum()
+        norm = float((all_reduce(squares[0].clone(), self.groups.tensor) + squares[1]).sqrt())
+        if self.config.optimizer.grad_clip and norm > self.config.optimizer.grad_clip:
+            for gradient in gradients:
+                gradient.mul_(self.config.optimizer.grad_clip / norm)
+        return norm
+
+    @contextlib.contextmanager
+    def whole(self, parameter: Any) -> Iterator[Tensor]:
+        """This rank's tensor-parallel slice of a parameter, whole inside the block even where ZeRO-3 has sharded it. All ranks must enter."""
+        if self.config.parallel.zero_stage != 3:
+            yield parameter.detach()
+            return
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            yield parameter.detach()
+
+
+def _pipeline_batch(batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A micro-batch as DeepSpeed's pipeline wants it: inputs of the first stage, labels of the last."""
+    return (batch.tokens, batch.position_ids), (batch.labels, batch.loss_mask)
+
+
+class _ModelParallelUnit:
+    """What DeepSpeed's plain engine asks about tensor parallelism: Megatron's `mpu` interface, answered from our groups."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.tensor.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._groups.tensor.handle
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.data.size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._groups.data.handle
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group

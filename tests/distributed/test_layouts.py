@@ -1,0 +1,48 @@
+"""Every layout follows the single-process run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from harness import run_distributed
+from layouts import small_config, train
+
+LOSS_TOLERANCE = 5e-6
+NORM_TOLERANCE = 1e-5  # relative
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor 2": (2, {"tensor": 2}),
+    "tensor 2, no ZeRO": (2, {"tensor": 2, "zero_stage": 0}),
+    "tensor 4": (4, {"tensor": 4}),
+    "tensor 2, sequence parallel": (2, {"tensor": 2, "sequence": True}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "pipeline 4": (4, {"pipeline": 4}),
+    "data 2, ZeRO-0": (2, {"zero_stage": 0}),
+    "data 2, ZeRO-1": (2, {"zero_stage": 1}),
+    "data 2, ZeRO-2": (2, {"zero_stage": 2}),
+    "data 2, ZeRO-3": (2, {"zero_stage": 3}),
+    "tensor 2 x data 2, ZeRO-3": (4, {"tensor": 2, "zero_stage": 3}),
+    "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
+    "tensor 2 x pipeline 2, sequence parallel": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "tensor 2 x pipeline 2 x data 2": (8, {"tensor": 2, "pipeline": 2}),
+    "selective recompute": (1, {"recompute": "selective"}),
+    "full recompute": (1, {"recompute": "full"}),
+    "full recompute, tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
+    "full recompute, data 2, ZeRO-3": (2, {"zero_stage": 3, "recompute": "full"}),
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[tuple[float, float]]:
+    """One process, no ZeRO, no recompute."""
+    return run_distributed(train, 1, small_config(parallel={"zero_stage": 0}))[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_follows_the_single_process_run(layout: str, reference: list[tuple[float, float]]) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    for results in run_distributed(train, world_size, small_config(parallel=parallel)):
+        for step, ((loss, norm), (expected_loss, expected_norm)) in enumerate(zip(results, reference, strict=True)):
+            assert abs(loss - expected_loss) < LOSS_TOLERANCE, step
+            assert abs(norm - expected_norm) < NORM_TOLERANCE * expected_norm, step

@@ -6,6 +6,7 @@ engine uses the same object, so there is one answer in a process. This is the on
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import warnings
@@ -33,7 +34,11 @@ _PEAK_FLOPS = {
 def _accelerator() -> Any:  # DeepSpeed's accelerator classes carry no useful types
     from deepspeed.accelerator import get_accelerator
 
-    return get_accelerator()
+    logging.disable(logging.WARNING)  # the first call warns that there is no GPU, once a rank; our log names the device anyway
+    try:
+        return get_accelerator()
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def name() -> str:

@@ -171,7 +171,7 @@ class TrainingEngine:
 
     @contextlib.contextmanager
     def whole(self, parameter: Any) -> Iterator[Tensor]:
-        """This rank's tensor-parallel slice of a parameter, whole inside the block even where ZeRO-3 has sharded it. All ranks must enter."""
+        """A parameter as this tensor rank holds it, whole inside the block even where ZeRO-3 has sharded it. All ranks must enter."""
         if self.config.parallel.zero_stage != 3:
             yield parameter.detach()
             return

@@ -27,7 +27,7 @@ class PanguAdam(AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one step to every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -42,7 +42,8 @@ class PanguAdam(AdamW):
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Parameters in two groups: matrices and embedding tables decay; biases and LayerNorm, the one-dimensional ones, do not."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in parameters:
         (decayed if len(spec_of(parameter).shape) > 1 else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
@@ -58,7 +59,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter],
         offload: the optimizer runs on the host (DeepSpeed's `offload_optimizer`).
     """
     groups = decay_groups(parameters, config.weight_decay)
-    common = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     correct = config.name == "adamw"
     device = "cpu" if offload else accelerator.name()
     if device == "cuda":

@@ -1,0 +1,449 @@
+"""The run's configuration: one YAML file, plus `section.key=value` overrides.
+
+    config = load_config("ds_configs/2.6B.yaml", ["train.steps=100", "optimizer.lr=5e-5"])
+    layout = validate_layout(config, world_size=16)     # refuses what cannot run, before any process talks to another
+    deepspeed = deepspeed_config(config, layout)        # the DeepSpeed JSON, completed from the configuration
+
+Paths are relative to the current directory, except `deepspeed`, which is relative to the folder of the YAML file that names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_ext.topology import Topology
+from pangu.config_file import apply_override, read_json, read_yaml
+from pangu.errors import InputError
+from pangu.presets import MODEL_PRESETS, Preset, num_parameters
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+CountOrZero = Annotated[int, Field(ge=0, strict=True)]
+DerivedCount = Annotated[int, Field(ge=0, strict=True), BeforeValidator(lambda value: 0 if value is None else value)]
+"""A count that other keys give where it is null (held as 0 until then)."""
+
+
+class Section(BaseModel):
+    """What every section shares: unknown keys are refused, and values never change after they were read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """What the network is. `preset` gives every size; any key written beside it wins over the preset."""
+
+    preset: Preset | None = None
+    """A published size: 350M, 2.6B, 13B or 200B."""
+    num_layers: Count
+    """Transformer layers, the query layer included, as the paper counts."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    num_heads: Count
+    """Attention heads; must divide `hidden_size`, and be divided by `parallel.tensor`."""
+    vocab_size: Count = 40000
+    """Number of token ids of the tokenizer. Padding for tensor parallelism is added where it is needed, and is not counted here."""
+    max_positions: Count = 1024
+    """Rows of the position and query embeddings: the longest sequence the model can see."""
+    ffn_hidden_size: DerivedCount = 0
+    """Width inside the MLP; null = 4 x hidden_size."""
+    gelu: Literal["tanh", "erf", "sigmoid"] = "tanh"
+    """`tanh` trained the released weights; other ports run `erf` or `sigmoid` (x·sigmoid(1.702x)). Change it only to match a checkpoint."""
+    final_norm: Literal["before_query", "after_query"] = "before_query"
+    """Where the final LayerNorm sits: before the query layer in the released 2.6B and 13B, after it in the 200B code."""
+    hidden_dropout: Fraction = 0.1
+    """Dropout of the embedding sum and of both sublayer outputs."""
+    attention_dropout: Fraction = 0.1
+    """Dropout of the attention weights."""
+    attention: Literal["eager", "sdpa", "npu_fusion"] = "sdpa"
+    """`eager` is the reference; `sdpa` is torch's fused attention; `npu_fusion` is Ascend's."""
+    separator_id: CountOrZero = 9
+    """Token that ends a document (`<eot>`)."""
+    pad_id: CountOrZero = 6
+    """Token that fills a sample; its positions carry no loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**MODEL_PRESETS[preset], **values} if isinstance(preset, str) and preset in MODEL_PRESETS else values
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.num_heads = {self.num_heads} does not divide model.hidden_size = {self.hidden_size}. "
+                "Every head has hidden_size / num_heads features: change one of the two."
+            )
+        for key in ("separator_id", "pad_id"):
+            if getattr(self, key) >= self.vocab_size:
+                raise ValueError(f"model.{key} = {getattr(self, key)} is not below model.vocab_size = {self.vocab_size}.")
+        _set(self, "ffn_hidden_size", self.ffn_hidden_size or 4 * self.hidden_size)
+        return self
+
+
+class ParallelConfig(Section):
+    """How the model is laid over the devices. The data-parallel size is what remains: world size / (tensor x pipeline)."""
+
+    tensor: Count = 1
+    """Ranks that share each layer's matrices. Keep it inside one server."""
+    pipeline: Count = 1
+    """Stages the layers are cut into. More than one needs `zero_stage` 1."""
+    sequence: bool = False
+    """Sequence parallelism: split what tensor parallelism leaves whole along the sequence. Less memory, the same traffic."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 shards the optimizer states over the data-parallel ranks, 2 gradients too, 3 weights too. Left out, a DeepSpeed
+    JSON that names a stage decides."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Rematerialization: `selective` computes attention again in the backward pass, `full` whole layers (a third more computation)."""
+
+
+class TrainConfig(Section):
+    """How long and on how much."""
+
+    micro_batch_size: Count = 1
+    """Samples a rank computes at once."""
+    global_batch_size: Count
+    """Samples an optimizer step sees: micro_batch_size x accumulation x data-parallel size."""
+    steps: Count
+    """Optimizer steps of the whole run, resumed parts included."""
+    seed: CountOrZero = 1234
+    """Of the initial weights, the order of the samples and dropout."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`fp32` runs everywhere; `bf16` on recent devices; `fp16`, with a dynamic loss scale, is how the original was trained."""
+    sequence_length: DerivedCount = 0
+    """Tokens a sample; null = model.max_positions."""
+    eval_every: CountOrZero = 0
+    """Steps between evaluations on the validation part; 0 = never."""
+    eval_batches: Count = 10
+    """Global batches an evaluation reads."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer; defaults are the paper's for 2.6B (Table 5)."""
+
+    name: Literal["pangu_adam", "adamw"] = "pangu_adam"
+    """`pangu_adam`: the original, with decoupled weight decay and no bias correction; `adamw`: torch's."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Highest learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Of every parameter but biases and LayerNorm."""
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global norm of the gradient; 0 = off."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps: linear warm-up, then cosine decay to `min_lr`."""
+
+    name: Literal["original", "cosine"] = "original"
+    """`original` counts the cosine from step 0, as the released code does; `cosine` from the end of the warm-up."""
+    warmup_steps: CountOrZero = 2000
+    """Steps from 0 to `optimizer.lr`."""
+    decay_steps: DerivedCount = 0
+    """Step at which `min_lr` is reached; null = train.steps."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 1e-6
+    """Learning rate after the decay."""
+
+
+class DataConfig(Section):
+    """What is read. Each data set is PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them."""
+
+    train: Annotated[list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+    """Prefixes of the data sets; one may be given without a list."""
+    weights: list[Annotated[float, Field(gt=0.0)]] | None = None
+    """Sampling weight of each data set; null = in proportion to their sizes."""
+    eod_reset: bool = True
+    """Documents that share a sample do not see each other, and positions restart at each."""
+    tokenizer: Path | None = None
+    """Directory of the tokenizer that made the data; kept with the weights so that they can generate."""
+    validation_fraction: Fraction = 0.0
+    """Part of the documents held back for `train.eval_every`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(f"data.weights has {len(self.weights)} values for {len(self.train)} data sets in data.train. Give one each.")
+        return self
+
+
+class CheckpointConfig(Section):
+    """What is saved and what a run starts from."""
+
+    dir: Path | None = None
+    """Where checkpoints go; null = run.dir/checkpoints. Read it as `Config.checkpoint_dir`."""
+    save_every: CountOrZero = 0
+    """Steps between checkpoints; 0 = only at the end."""
+    keep: Count = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto`: from the newest checkpoint if there is one; `never`; or the path of a checkpoint."""
+    init_from: Path | None = None
+    """Weights directory a new run starts from; null = fresh weights."""
+
+
+class RunConfig(Section):
+    """Where the run writes."""
+
+    dir: Path
+    """The run directory: resolved configuration, metrics, checkpoints."""
+    log_every: Count = 1
+    """Steps between lines on the screen; metrics.jsonl gets every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events where tensorboard is installed."""
+
+
+class Config(Section):
+    """Everything a run needs."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON, for what this file has no key for. Batch sizes, clipping and precision are filled in from here."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        # In copies: a default section is one object that every Config shares.
+        sequence_length = self.train.sequence_length or self.model.max_positions
+        _set(self, "train", self.train.model_copy(update={"sequence_length": sequence_length}))
+        _set(self, "schedule", self.schedule.model_copy(update={"decay_steps": self.schedule.decay_steps or self.train.steps}))
+        if self.train.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"train.sequence_length = {self.train.sequence_length} is more than model.max_positions = {self.model.max_positions}: "
+                "later positions have no embedding. Lower the first or raise the second."
+            )
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(f"schedule.min_lr = {self.schedule.min_lr} is above optimizer.lr = {self.optimizer.lr}. Lower the first.")
+        if self.train.eval_every and not self.data.validation_fraction:
+            raise ValueError(
+                f"train.eval_every = {self.train.eval_every} but data.validation_fraction = 0 holds no document back. "
+                "Set data.validation_fraction=0.01, or train.eval_every=0."
+            )
+        return self
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """`checkpoint.dir`, or run.dir/checkpoints where that is null."""
+        return self.checkpoint.dir or self.run.dir / "checkpoints"
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, presets and defaults written out; `load_config` reads it back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides, left to right; a value is written as in YAML.
+
+    Raises:
+        InputError: one line naming the file or the override, the key, what was found and what to do.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    overridden = [apply_override(values, override) for override in overrides or []]
+    values = {key: {} if value is None and key != "deepspeed" else value for key, value in values.items()}  # a section may be empty
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = (path.parent / values["deepspeed"]).resolve()
+        _take_zero_stage(values)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        _refuse(error, path, overridden)
+
+
+def gradient_accumulation_steps(config: Config, layout: Topology) -> int:
+    """Micro-batches a data-parallel rank computes for one optimizer step.
+
+    Raises:
+        InputError: if the global batch does not divide.
+    """
+    micro_batch = config.train.micro_batch_size
+    samples = micro_batch * layout.data
+    if config.train.global_batch_size % samples:
+        below = config.train.global_batch_size // samples * samples
+        raise InputError(
+            f"train.global_batch_size = {config.train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size x data-parallel size = {micro_batch} x {layout.data} = {samples} (data-parallel size = "
+            f"{layout.world_size} processes / (tensor {layout.tensor} x pipeline {layout.pipeline})). "
+            f"Choose {f'{below} or ' if below else ''}{below + samples}."
+        )
+    return config.train.global_batch_size // samples
+
+
+def validate_layout(config: Config, world_size: int) -> Topology:
+    """The layout of `world_size` processes, or a refusal of what cannot run or would be silently wrong. Needs no process group.
+
+    Raises:
+        InputError: a key's value does not fit the others.
+        LayoutError: the number of processes does not fit `parallel.tensor` and `parallel.pipeline`.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    for key, size in (("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
+        if size % parallel.tensor:
+            raise InputError(
+                f"parallel.tensor = {parallel.tensor} does not divide model.{key} = {size}{_preset_note(model, key)}. "
+                f"Choose {_alternatives(_common_divisors(model.num_heads, model.ffn_hidden_size))}."
+            )
+    if parallel.sequence and train.sequence_length % parallel.tensor:
+        raise InputError(
+            f"parallel.sequence splits a sequence over the tensor-parallel ranks, but parallel.tensor = {parallel.tensor} does not divide "
+            f"train.sequence_length = {train.sequence_length}. Change the length, or set parallel.sequence=false."
+        )
+    if parallel.pipeline > model.num_layers:
+        raise InputError(
+            f"parallel.pipeline = {parallel.pipeline} is more stages than model.num_layers = {model.num_layers}"
+            f"{_preset_note(model, 'num_layers')}. Choose {model.num_layers} or fewer."
+        )
+    if parallel.pipeline > 1 and parallel.zero_stage != 1:
+        reason = (
+            "DeepSpeed without ZeRO leaves the later stages out of the gradient norm"
+            if parallel.zero_stage == 0
+            else "ZeRO-2 and ZeRO-3 shard what a pipeline accumulates over its micro-batches"
+        )
+        raise InputError(
+            f"parallel.zero_stage = {parallel.zero_stage} does not work with parallel.pipeline = {parallel.pipeline}: {reason}. "
+            "Set parallel.zero_stage=1, or parallel.pipeline=1."
+        )
+    if parallel.zero_stage == 0 and train.precision != "fp32":
+        raise InputError(
+            f"parallel.zero_stage = 0 does not work with train.precision = {train.precision}: DeepSpeed's 16-bit optimizer without ZeRO "
+            "clips by each rank's own gradient norm. Set parallel.zero_stage=1, or train.precision=fp32."
+        )
+    layout = Topology.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    deepspeed_config(config, layout)  # refuses batch arithmetic and a JSON that contradicts
+    return layout
+
+
+def deepspeed_config(config: Config, layout: Topology) -> dict[str, Any]:
+    """What DeepSpeed is given: the JSON that `deepspeed` names, completed from the configuration.
+
+    Raises:
+        InputError: if the JSON says otherwise than the configuration, names an optimizer or schedule, or the batch does not divide.
+    """
+    path, precision = config.deepspeed, config.train.precision
+    result = read_json(path) if path else {}
+    for section, ours in (("optimizer", "optimizer"), ("scheduler", "schedule")):
+        if section in result:
+            raise InputError(f"{path}: {section!r} is not DeepSpeed's to build here. Remove it; use the {ours!r} section of the YAML file.")
+
+    def settle(key: str, value: Any, source: str) -> None:
+        """Write `value` under a dotted key unless the JSON already says something else."""
+        *parents, last = key.split(".")
+        block = result
+        for parent in parents:
+            block = block.setdefault(parent, {})
+            if not isinstance(block, dict):
+                raise InputError(f"{path}: {parent} = {block!r}, but a block of settings in braces was expected.")
+        if block.get(last, "auto") not in ("auto", value):
+            raise InputError(f"{path}: {key} = {json.dumps(block[last])}, but {source}. Remove it from the JSON, or make the two agree.")
+        block[last] = value
+
+    train, parallel = config.train, config.parallel
+    settle("train_batch_size", train.global_batch_size, f"train.global_batch_size = {train.global_batch_size}")
+    settle("train_micro_batch_size_per_gpu", train.micro_batch_size, f"train.micro_batch_size = {train.micro_batch_size}")
+    accumulation = gradient_accumulation_steps(config, layout)
+    settle("gradient_accumulation_steps", accumulation, f"train.global_batch_size and the layout give {accumulation}")
+    settle("gradient_clipping", config.optimizer.grad_clip, f"optimizer.grad_clip = {config.optimizer.grad_clip}")
+    for name in ("fp16", "bf16"):
+        if name in result or name == precision:
+            settle(f"{name}.enabled", name == precision, f"train.precision = {precision}")
+    settle("zero_optimization.stage", parallel.zero_stage, f"parallel.zero_stage = {parallel.zero_stage}")
+    if parallel.sequence and parallel.tensor > 1 and parallel.pipeline > 1:
+        # By default DeepSpeed cuts what stages exchange over the tensor group, taking it to be replicated there. It is already cut.
+        for key in ("pipe_partitioned", "grad_partitioned"):
+            settle(f"pipeline.{key}", False, "parallel.sequence = true splits what pipeline stages exchange already")
+    _check_offload(result["zero_optimization"], path)
+
+    if precision == "fp16":
+        loss_scale = {"loss_scale": 0, "initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+        result["fp16"] = loss_scale | result["fp16"]
+    # A bucket larger than the model is memory for nothing; 500,000,000 elements is DeepSpeed's own default.
+    result["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, num_parameters(config.model)))
+    ours_where_unsaid = {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloading works with any torch optimizer; DeepSpeed's own needs a compiler
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    return ours_where_unsaid | result
+
+
+def _preset_note(model: ModelConfig, key: str) -> str:
+    """` (preset 2.6B)` for a message about a size that the user never wrote."""
+    return f" (preset {model.preset})" if model.preset and MODEL_PRESETS[model.preset].get(key) == getattr(model, key) else ""
+
+
+def _set(section: Section, key: str, value: object) -> None:
+    """Give a derived key its value while the section is being made; afterwards it is frozen."""
+    object.__setattr__(section, key, value)
+
+
+def _common_divisors(first: int, second: int) -> list[int]:
+    common = math.gcd(first, second)
+    return [number for number in range(1, common + 1) if common % number == 0]
+
+
+def _alternatives(choices: list[int]) -> str:
+    *rest, last = map(str, choices)
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def _check_offload(zero: dict[str, Any], path: Path | None) -> None:
+    """DeepSpeed ignores an offload that its stage cannot do; here it is refused."""
+    for key, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        if zero.get(key) and zero["stage"] < first_stage:
+            raise InputError(f"{path}: zero_optimization.{key} needs parallel.zero_stage {first_stage} or more; it is {zero['stage']}.")
+
+
+def _take_zero_stage(values: dict[str, Any]) -> None:
+    """Where only the DeepSpeed JSON names a ZeRO stage, that is the run's."""
+    zero = read_json(values["deepspeed"]).get("zero_optimization")
+    parallel = values.setdefault("parallel", {})
+    if isinstance(zero, dict) and isinstance(parallel, dict) and zero.get("stage", "auto") != "auto":
+        parallel.setdefault("zero_stage", zero["stage"])
+
+
+def _nearest_keys(unknown: str) -> list[str]:
+    """Valid keys a user may have meant: those of a similar name in any section, else all of its section."""
+    sections = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Config.model_fields.items()}
+    section, _, last = unknown.partition(".")
+    if not last:
+        return difflib.get_close_matches(unknown, sections) or list(sections)
+    similar = difflib.get_close_matches(last, [key for keys in sections.values() for key in keys])
+    near = [f"{name}.{key}" for key in dict.fromkeys(similar) for name, keys in sections.items() if key in keys]
+    return near or [f"{section}.{key}" for key in sections[section]]
+
+
+def _refuse(error: ValidationError, path: Path, overridden: list[str]) -> NoReturn:
+    """Turn pydantic's report into one line about the first mistake; a misspelt key comes before the missing one that it leaves."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        text = f"unknown key {key}. Nearest: {', '.join(_nearest_keys(key))}."
+    elif problem["type"] == "missing":
+        text = f"{key} is missing." + (f" Or give model.preset: {', '.join(MODEL_PRESETS)}." if key.startswith("model") else "")
+    elif problem["type"] == "value_error":
+        text = str(problem["ctx"]["error"])
+    elif problem["type"] == "model_type":
+        text = f"{key} = {problem['input']!r}, but a section of keys is expected."
+    else:
+        text = f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    unknown_section = problem["type"] == "extra_forbidden" and any(name.startswith(f"{key}.") for name in overridden)
+    from_override = unknown_section or any(key == name or key.startswith(f"{name}.") for name in overridden)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise InputError(f"{'override' if from_override else path}: {text}{more}")

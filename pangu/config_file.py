@@ -1,0 +1,102 @@
+"""Text to plain values: YAML and JSON files and command-line overrides, with every mistake told in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pangu.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, without two surprises: the last of two equal keys winning in silence, and dates (they are text here)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_plain_text(self, node: yaml.ScalarNode) -> str:
+        return node.value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_plain_text)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; `where` names its origin in errors.
+
+    Raises:
+        InputError: not valid YAML, or a key given twice.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{where}: {line}{problem}.") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file; one without content is empty.
+
+    Raises:
+        InputError: the file cannot be read, is not valid YAML, or holds something else than sections.
+    """
+    values = parse_yaml(_read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: sections such as 'model:' are expected, found {'nothing' if values is None else repr(values)}.")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, is not valid JSON, or holds something else than an object.
+    """
+    try:
+        values = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}: not valid JSON ({error.msg}).") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: an object in braces is expected, found {values!r}.")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> str:
+    """Write one `section.key=value` into nested `values`; returns its key.
+
+    Raises:
+        InputError: it has no `=`, or its section is a plain value.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r}: section.key=value is expected, such as train.steps=100.")
+    *sections, last = key.split(".")
+    block = values
+    for section in sections:
+        if block.get(section) is None:
+            block[section] = {}
+        block = block[section]
+        if not isinstance(block, dict):
+            raise InputError(f"override {override!r}: {section} is not a section.")
+    block[last] = parse_yaml(text, f"override {override!r}")
+    return key
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text.") from None

@@ -1,0 +1,89 @@
+"""Samples as the tensors the model is trained on, read ahead by a thread.
+
+Shapes: b micro-batch, s sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pangu.data.blending import BlendedDataset
+from pangu.data.lookahead import ordered_map
+from pangu.data.packing import PackedDataset
+from pangu.data.sampler import Sampler
+
+# Enough that the thread is never waited for, little enough that stopping costs nothing.
+MICRO_BATCHES_AHEAD = 4
+
+
+class Batch(NamedTuple):
+    """One micro-batch. There is no attention mask: the model finds the documents by the zeros of `position_ids`."""
+
+    tokens: Tensor
+    """int64[b, s], the input."""
+    labels: Tensor
+    """int64[b, s], at each place the token that follows."""
+    loss_mask: Tensor
+    """float32[b, s], 0 where the input is padding."""
+    position_ids: Tensor
+    """int64[b, s], 0 at the first token of each document and only there."""
+
+
+def collate(samples: NDArray[np.int64], *, separator_id: int, pad_id: int, eod_reset: bool) -> Batch:
+    """Turn samples int64[b, s + 1] into a Batch, by the rules of PanGu-α's released training code.
+
+    A separator belongs to the document it ends and is trained on: it predicts the first token of the next. The loss is masked where the
+    *input* is padding, so the padding label after the last token counts.
+
+    Args:
+        samples: int64[b, s + 1].
+        separator_id: id that ends a document (`<eot>`, 9, in the released models).
+        pad_id: id of padding (6).
+        eod_reset: positions begin again at 0 after each separator; otherwise a sample is one document, with positions 0 to s - 1.
+    """
+    tokens = samples[:, :-1]
+    place = np.arange(tokens.shape[1])
+    position_ids = np.broadcast_to(place, tokens.shape)
+    if eod_reset:
+        first_of_document = np.zeros(tokens.shape, bool)
+        first_of_document[:, 1:] = tokens[:, :-1] == separator_id
+        position_ids = place - np.maximum.accumulate(np.where(first_of_document, place, 0), axis=1)
+    return Batch(
+        tokens=torch.from_numpy(tokens.copy()),
+        labels=torch.from_numpy(samples[:, 1:].copy()),
+        loss_mask=torch.from_numpy((tokens != pad_id).astype(np.float32)),
+        position_ids=torch.from_numpy(position_ids.astype(np.int64)),
+    )
+
+
+def micro_batches(
+    dataset: BlendedDataset | PackedDataset,
+    sampler: Sampler,
+    consumed_samples: int,
+    *,
+    separator_id: int,
+    pad_id: int,
+    eod_reset: bool,
+) -> Generator[Batch, None, None]:
+    """This rank's micro-batches without end, from the point where the run has consumed `consumed_samples`.
+
+    A thread reads ahead. What it does wrong is raised here; `close()` on the generator ends it. No random numbers are drawn, so whoever
+    iterates finds torch's generators as they were.
+    """
+
+    def load(indices: range) -> Batch:
+        samples = np.stack([dataset[index] for index in indices])
+        return collate(samples, separator_id=separator_id, pad_id=pad_id, eod_reset=eod_reset)
+
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="micro_batches")
+    try:
+        yield from ordered_map(executor, load, sampler.micro_batches(consumed_samples), MICRO_BATCHES_AHEAD)
+    finally:
+        executor.shutdown(cancel_futures=True)

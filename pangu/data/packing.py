@@ -1,0 +1,127 @@
+"""Cuts a stream of documents into samples of equal length, as Megatron-LM's `GPTDataset` does (arXiv 1909.08053).
+
+Epoch after epoch, the documents are laid end to end in a new random order, into one stream without end. Sample k is the `seq_length + 1`
+tokens from position `k * seq_length` on: its last token is the next sample's first, so that every token is predicted once. No token is
+dropped or padded; a sample may span documents, and the end of an epoch.
+
+Samples that begin in the same epoch are read in random order. With T tokens an epoch and sequences of s, sample k begins in epoch
+`k * s // T`, so the order of any epoch is known without those before it: that is what makes any position of a run reachable at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pangu.data.indexed import IndexedDataset
+from pangu.errors import InputError
+
+# The stream position of one document in so many is kept; the others' follow from their sizes when one is looked up. With every one kept, an
+# epoch of 100 million documents would take 800 MB more.
+STRIDE = 128
+
+
+class _Epoch(NamedTuple):
+    documents: NDArray[np.int32]
+    """[N] documents in the order of this epoch."""
+    starts: NDArray[np.int64]
+    """[N / STRIDE] position in the epoch, in tokens, of every STRIDE-th of them."""
+    samples: NDArray[np.uint32]
+    """The samples that begin in this epoch, counted from its first, in the order they are read."""
+
+
+class PackedDataset:
+    """Samples of `seq_length + 1` tokens from a range of documents; `dataset[i]` is defined for every i >= 0.
+
+    Random orders come from `SeedSequence([seed, epoch])` and PCG64, by `RandomState.shuffle`: NumPy never changes that class's streams
+    (NEP 19), while `Generator`'s may change with its version, and a run resumed after an upgrade would see another order.
+
+    A range with fewer tokens than one sample is allowed: the sample then repeats it.
+
+    Memory: 4 bytes a document and 4 bytes a sample, for each of the two epochs in use.
+
+    Args:
+        indexed: the documents, each ending with the separator.
+        documents: which of them.
+        seq_length: s, tokens the model sees.
+        seed: 0 or more.
+        vocab_size: of the model; every id is below it.
+
+    Raises:
+        InputError: if the documents have no tokens; on access, if an id is not in the vocabulary.
+    """
+
+    def __init__(self, indexed: IndexedDataset, documents: range, *, seq_length: int, seed: int, vocab_size: int) -> None:
+        self.indexed = indexed
+        self.documents = documents
+        self.seq_length = seq_length
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.sizes = indexed.sizes[documents.start : documents.stop]
+        self.tokens_per_epoch = int(self.sizes.sum(dtype=np.int64))
+        if self.tokens_per_epoch == 0:
+            raise InputError(f"{indexed.bin_path}: no tokens in documents {documents.start:,} to {documents.stop:,}. Give it more text.")
+        # Two, for the samples that begin in one epoch and end in the next.
+        self._epoch = lru_cache(maxsize=2)(self._build_epoch)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Sample number `index` in reading order: int64[seq_length + 1]."""
+        epoch = index * self.seq_length // self.tokens_per_epoch
+        first = self._first_sample(epoch)
+        sample = first + int(self._epoch(epoch).samples[index - first])
+        position = sample * self.seq_length - epoch * self.tokens_per_epoch
+        ids = np.empty(self.seq_length + 1, np.int64)
+        filled = 0
+        for document, offset, length in self._pieces(epoch, position, len(ids)):
+            ids[filled : filled + length] = self.indexed.get(document, offset, length)
+            # As unsigned numbers, negative ids are too large as well.
+            if ids[filled : filled + length].view(np.uint64).max() >= self.vocab_size:
+                self._refuse(document, ids[filled : filled + length])
+            filled += length
+        return ids
+
+    def _first_sample(self, epoch: int) -> int:
+        """Number of the first sample that begins in this epoch: the first multiple of seq_length at or after the epoch's start."""
+        return -(-epoch * self.tokens_per_epoch // self.seq_length)
+
+    def _build_epoch(self, epoch: int) -> _Epoch:
+        random = np.random.RandomState(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        documents = np.arange(len(self.sizes), dtype=np.int32)
+        random.shuffle(documents)
+        tokens = np.add.reduceat(self.sizes[documents], np.arange(0, len(documents), STRIDE), dtype=np.int64)
+        starts = np.cumsum(tokens) - tokens
+        samples = np.arange(self._first_sample(epoch + 1) - self._first_sample(epoch), dtype=np.uint32)
+        random.shuffle(samples)
+        return _Epoch(documents, starts, samples)
+
+    def _pieces(self, epoch: int, position: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(document, offset, tokens) of the pieces that make up `length` tokens from `position` of this epoch on."""
+        while True:
+            order = self._epoch(epoch)
+            # side="right" steps over documents without tokens, which begin where the next one does.
+            stride = int(np.searchsorted(order.starts, position, side="right")) - 1
+            while position < self.tokens_per_epoch:
+                documents = order.documents[stride * STRIDE : (stride + 1) * STRIDE]
+                sizes = self.sizes[documents]
+                ends = order.starts[stride] + np.cumsum(sizes, dtype=np.int64)
+                for at in range(int(np.searchsorted(ends, position, side="right")), len(documents)):
+                    taken = min(length, int(ends[at]) - position)
+                    if taken:
+                        yield self.documents.start + int(documents[at]), position - int(ends[at]) + int(sizes[at]), taken
+                    position += taken
+                    length -= taken
+                    if not length:
+                        return
+                stride += 1
+            epoch, position = epoch + 1, 0
+
+    def _refuse(self, document: int, ids: NDArray[np.int64]) -> None:
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
+        raise InputError(
+            f"{self.indexed.bin_path}: document {document:,} contains id {wrong:,}, ids below model.vocab_size = {self.vocab_size:,} "
+            "expected. It was made with another tokenizer or is damaged: run tools/preprocess_data.py with this model's tokenizer."
+        )

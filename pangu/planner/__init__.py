@@ -1,0 +1,1 @@
+"""What a layout costs, before anything is started."""

@@ -1,0 +1,53 @@
+"""Train PanGu-α.
+
+    python -m pangu.train --config ds_configs/quickstart.yaml [section.key=value ...]
+    torchrun --nproc-per-node 4 -m pangu.train --config ds_configs/quickstart.yaml parallel.tensor=2 parallel.pipeline=2
+    deepspeed --num_gpus 4 --module pangu.train --config ds_configs/quickstart.yaml
+    python -m pangu.train --dry-run --config ds_configs/200B.yaml --world-size 2048
+
+Start the same command again after an interruption: it goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from pangu.config import load_config, validate_layout
+from pangu.errors import InputError, exit_code
+
+
+@exit_code
+def main() -> None:
+    """Parse the command line and train, or only report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pangu.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, type=Path, help="a recipe, such as ds_configs/quickstart.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print parameters and memory a rank; allocates nothing")
+    parser.add_argument("--world-size", type=int, help="number of processes that --dry-run reckons with (default 1)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    arguments = parser.parse_intermixed_args()
+    if arguments.world_size is not None and not arguments.dry_run:
+        raise InputError(
+            "--world-size goes with --dry-run; a real run has as many processes as its launcher starts (torchrun --nproc-per-node N)."
+        )
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from rich.console import Console
+
+        from pangu.training.report import print_report
+
+        print_report(config, validate_layout(config, arguments.world_size or 1), Console(soft_wrap=True, highlight=False))
+        return
+    # Refuse before the slow imports and before any process talks to another.
+    validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from pangu.training.loop import run_training
+
+    run_training(config)
+
+
+if __name__ == "__main__":
+    main()

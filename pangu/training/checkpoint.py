@@ -1,0 +1,233 @@
+"""Training checkpoints: DeepSpeed's own files inside an envelope that makes them safe.
+
+DeepSpeed writes `latest` before the other ranks have written their files, each file in place: a kill leaves a checkpoint that is named but
+cannot be loaded. Here everything is written to `step_N.partial`; when every rank has voted that its files are complete and on disk, rank 0
+writes their hashes to `manifest.json`, renames the directory, and moves `latest` last. A directory without the suffix is complete.
+
+Checkpoints are DeepSpeed's pickles: load only what your own runs have written. Weights are exchanged as safetensors (pangu.conversion).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.collectives import all_gather_objects, barrier, broadcast_object
+from megatron_ext.topology import Group
+from pangu.config import Config
+from pangu.errors import InputError
+from pangu.training.engine import TrainingEngine
+
+MANIFEST, LATEST = "manifest.json", "latest"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+@dataclass
+class Progress:
+    """How far a run is. The sampler's whole state is `consumed_samples`."""
+
+    step: int = 0
+    """Optimizer steps taken, those that fp16 skipped included."""
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+
+def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
+    """Save everything a resumed run needs; returns the committed directory. Every rank must call this.
+
+    Raises:
+        InputError: on every rank, if any rank could not write; what was there before stays as it was.
+    """
+    config, world = engine.config, engine.groups.world
+    root, name = config.checkpoint_dir, f"step_{progress.step:08d}"
+    partial, final = root / f"{name}.partial", root / name
+
+    def prepare() -> None:
+        if world.rank == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def write() -> None:
+        engine.engine.save_checkpoint(str(root), tag=partial.name, client_state={"progress": asdict(progress)}, save_latest=False)
+        torch.save(engine.rng.state_dict(), partial / f"rng_rank_{world.rank:05d}.pt")
+
+    def digest() -> dict[str, Any]:
+        return {file: _describe(partial / file) for file in _my_share(partial, world)}
+
+    _together(prepare, world, f"{root}: cannot be prepared for a checkpoint")
+    _together(write, world, f"{partial}: the checkpoint could not be written; the last good one is untouched")
+    shares = _together(digest, world, f"{partial}: the checkpoint could not be read back; the last good one is untouched")
+
+    def commit() -> None:
+        if world.rank == 0:
+            files = {name: described for share in shares for name, described in share.items()}
+            manifest = {"format": 1, "progress": asdict(progress), "layout": _layout(config, engine), "files": files}
+            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+            os.rename(partial, final)
+            _fsync(root)
+            _write_durably(root / LATEST, name)
+            for old in _complete_steps(root)[: -config.checkpoint.keep]:
+                shutil.rmtree(root / old, ignore_errors=True)
+
+    _together(commit, world, f"{final}: the checkpoint could not be committed; the last good one is untouched")
+    return final
+
+
+def find_checkpoint(config: Config, world: Group) -> Path | None:
+    """The checkpoint to resume from, or None to start anew. Every rank must call this and gets the same answer.
+
+    `checkpoint.resume=auto` takes the newest intact one. Damaged ones are said aloud and set aside as `step_N.damaged`.
+
+    Raises:
+        InputError: if a checkpoint was asked for by path and is damaged, if there are checkpoints and none is intact, or if the directory
+            holds checkpoints of later steps than the run would start at: its own would mix with them.
+    """
+    resume, root = config.checkpoint.resume, config.checkpoint_dir
+    steps = broadcast_object(_complete_steps(root) if world.rank == 0 else None, world)
+    if resume != "auto":
+        path = None if resume == "never" else Path(resume)
+        if path is not None and (problem := verify(path, world)):
+            raise InputError(f"checkpoint.resume = {path}: {problem}.")
+        first = int(path.name.removeprefix("step_")) if path is not None and _STEP.fullmatch(path.name) else 0
+        if steps and int(steps[-1].removeprefix("step_")) > first:
+            raise InputError(
+                f"{root}: holds {steps[-1]}, but with checkpoint.resume={resume} the run starts at step {first} and its checkpoints would "
+                "mix with those. Set checkpoint.dir or run.dir to another directory, or remove the old checkpoints."
+            )
+        return path
+    for name in reversed(steps):
+        problem = verify(root / name, world)
+        if problem is None:
+            return root / name
+        if world.rank == 0:
+            print(f"warning: {root / name} is damaged ({problem}); trying the one before it.", flush=True)
+            os.rename(root / name, root / f"{name}.damaged")
+        barrier(world)
+    if steps:
+        raise InputError(
+            f"{root}: none of its {len(steps)} checkpoints is intact. Restore one, or set run.dir to another directory to start anew."
+        )
+    return None
+
+
+def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
+    """Continue from a checkpoint: weights, optimizer, loss scale, random streams and progress. Every rank must call this.
+
+    Raises:
+        InputError: if it was made on another layout.
+    """
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    found, ours = manifest["layout"], _layout(engine.config, engine)
+    if found != ours:
+        different = ", ".join(f"{key} {found.get(key)}, this run {ours[key]}" for key in ours if found.get(key) != ours[key])
+        raise InputError(
+            f"{path}: was made on another layout ({different}). Resume on the layout it was made on, or start a new run from the weights "
+            "of a finished one with checkpoint.init_from=RUN_DIR/weights."
+        )
+    loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise InputError(f"{path}: DeepSpeed found nothing to load in it.")
+    engine.rng.load_state_dict(torch.load(path / f"rng_rank_{engine.groups.world.rank:05d}.pt", weights_only=True))
+    return Progress(**manifest["progress"])
+
+
+def verify(path: Path, world: Group) -> str | None:
+    """What is wrong with a checkpoint, or None. The ranks share the hashing and agree on the answer."""
+    return next(filter(None, all_gather_objects(_problem_of(path, world), world)), None)
+
+
+def _problem_of(path: Path, world: Group) -> str | None:
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it has no readable {MANIFEST}, so it is not a complete checkpoint"
+    for name in sorted(files)[world.rank :: world.size]:
+        file = path / name
+        if not file.is_file() or file.stat().st_size != files[name]["bytes"]:
+            return f"{name} is missing or has not its {files[name]['bytes']:,} bytes"
+        if _sha256(file) != files[name]["sha256"]:
+            return f"{name} has changed since it was written: its sha256 differs"
+    return None
+
+
+def _layout(config: Config, engine: TrainingEngine) -> dict[str, Any]:
+    topology = engine.groups.topology
+    return {
+        "tensor": topology.tensor,
+        "pipeline": topology.pipeline,
+        "data": topology.data,
+        "zero_stage": config.parallel.zero_stage,
+        "precision": config.train.precision,
+        "optimizer": config.optimizer.name,
+    }
+
+
+def _complete_steps(root: Path) -> list[str]:
+    """Names of the complete checkpoints, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [entry.name for entry in root.iterdir() if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()]
+    return sorted(found, key=lambda name: int(name.removeprefix("step_")))
+
+
+def _my_share(folder: Path, world: Group) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())[world.rank :: world.size]
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    _fsync(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _together(action: Callable[[], Any], world: Group, what: str) -> list[Any]:
+    """Run `action` on every rank and gather the results; if it failed to read or write on any, raise on all.
+
+    A rank that fails inside DeepSpeed's collective writing leaves the others waiting in it: that ends with the collective's time-out.
+    """
+    error: str | None = None
+    result = None
+    try:
+        result = action()
+    except OSError as caught:
+        error = f"rank {world.rank}: {caught}"
+    outcomes = all_gather_objects((error, result), world)
+    failed = [message for message, _ in outcomes if message]
+    if failed:
+        raise InputError(f"{what} ({failed[0]}). Free some space or mend the directory.")
+    barrier(world)
+    return [value for _, value in outcomes]

@@ -1,0 +1,216 @@
+"""The training loop: from a configuration to trained weights."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from rich.console import Console
+
+from megatron_ext import accelerator
+from megatron_ext.collectives import all_gather_objects, barrier, shutdown, world_rank, world_size
+from megatron_ext.context import Fill
+from megatron_ext.initialize import random_weights
+from megatron_ext.sharding import canonical_parameters
+from megatron_ext.topology import Groups
+from pangu.config import Config, validate_layout
+from pangu.conversion.huggingface import WeightsDirectory, write_weights
+from pangu.data.batches import Batch, micro_batches
+from pangu.data.blending import BlendedDataset
+from pangu.data.build import build_datasets
+from pangu.data.sampler import Sampler
+from pangu.errors import InputError
+from pangu.tokenizer import PanguTokenizer
+from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from pangu.training.engine import StepResult, TrainingEngine
+from pangu.training.metrics import Metrics
+from pangu.training.report import flops_per_token, print_report
+from pangu.training.schedule import learning_rate
+
+COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps. A second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+def run_training(config: Config) -> None:
+    """Train from start, or from the newest checkpoint, to `train.steps`, and write the weights.
+
+    Every rank of the world calls this with the same configuration; the launcher's environment says which rank it is.
+
+    Raises:
+        InputError: one line about what the user can mend.
+    """
+    accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
+    topology = validate_layout(config, world_size())
+    is_first = world_rank() == 0
+    if is_first:
+        print_report(config, topology, Console(soft_wrap=True, highlight=False))
+    tokenizer = _open_tokenizer(config)
+    training, validation = build_datasets(
+        config.data.train,
+        config.data.weights,
+        seq_length=config.train.sequence_length,
+        seed=config.train.seed,
+        validation_fraction=config.data.validation_fraction,
+        vocab_size=config.model.vocab_size,
+        separator_id=config.model.separator_id,
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+    )
+    groups = Groups.create(topology)
+    checkpoint = find_checkpoint(config, groups.world)
+    engine = TrainingEngine(config, groups, _initial_weights(config, resuming=checkpoint is not None))
+    progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
+    if is_first:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    metrics = Metrics(config, progress.step) if is_first else None
+    if metrics:
+        start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
+        metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
+    try:
+        stopped_by = _train(config, engine, progress, training, validation, metrics)
+        if stopped_by:
+            if metrics:
+                metrics.say(f"{stopped_by}: saved at step {progress.step}; start the same command again to go on.")
+        else:
+            parameters = ((spec, lambda p=parameter: engine.whole(p)) for spec, parameter in canonical_parameters(engine.module))
+            weights = config.run.dir / "weights"
+            write_weights(weights, config.model, groups, parameters, tokenizer=config.data.tokenizer)
+            if metrics:
+                metrics.say(f"trained {progress.step} steps, {progress.consumed_tokens:,} tokens; weights in {weights}")
+    finally:
+        if metrics:
+            metrics.close()
+    barrier(groups.world)
+    shutdown()
+
+
+def _train(
+    config: Config,
+    engine: TrainingEngine,
+    progress: Progress,
+    training: BlendedDataset,
+    validation: BlendedDataset | None,
+    metrics: Metrics | None,
+) -> str | None:
+    """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
+    train, groups = config.train, engine.groups
+    stop = StopRequest()
+    saved_step = progress.step
+    batches = _batches(config, engine, training, progress.consumed_samples)
+    peak = accelerator.peak_flops()
+    tokens_per_step = train.global_batch_size * train.sequence_length
+    while progress.step < train.steps:
+        began = time.perf_counter()
+        rate = learning_rate(config, progress.step)
+        result = engine.train_step(batches, rate)
+        accelerator.synchronize()
+        seconds = time.perf_counter() - began
+        progress.step += 1
+        progress.consumed_samples += train.global_batch_size
+        progress.consumed_tokens += tokens_per_step
+        if not math.isfinite(result.loss) or (not math.isfinite(result.grad_norm) and not result.skipped):
+            raise InputError(
+                f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}; finite numbers expected. Nothing was saved "
+                f"after step {saved_step}. Lower optimizer.lr or set optimizer.grad_clip, then start again."
+            )
+        if metrics:
+            speed = tokens_per_step / seconds
+            mfu = speed * flops_per_token(config) / (peak * groups.topology.world_size) if peak else None
+            metrics.step(_figures(result, progress, rate, seconds, speed, mfu))
+        if validation is not None and train.eval_every and progress.step % train.eval_every == 0:
+            loss = engine.evaluate(_batches(config, engine, validation, 0), train.eval_batches)
+            if metrics:
+                perplexity = math.exp(min(loss, 700.0))
+                metrics.evaluation({"step": progress.step, "validation_loss": loss, "validation_perplexity": perplexity})
+        # One rank may have been told to stop and another not yet: all go by what any of them knows.
+        stopped_by = next(filter(None, all_gather_objects(stop.received, groups.world)), None)
+        due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
+        if due or stopped_by or progress.step == train.steps:
+            save_checkpoint(engine, progress)
+            saved_step = progress.step
+        if stopped_by and progress.step < train.steps:
+            return stopped_by
+    return None
+
+
+def _figures(
+    result: StepResult, progress: Progress, rate: float, seconds: float, speed: float, mfu: float | None
+) -> dict[str, float | int | bool | None]:
+    """One step's line of metrics.jsonl."""
+    return {
+        "step": progress.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+        "learning_rate": rate,
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": speed,
+        "mfu": mfu,
+        "loss_scale": result.loss_scale,
+        "skipped": True if result.skipped else None,
+    }
+
+
+def _batches(config: Config, engine: TrainingEngine, dataset: BlendedDataset, consumed_samples: int) -> Iterator[Batch]:
+    """This rank's micro-batches; a stage in the middle of a pipeline reads nothing."""
+    topology, place = engine.groups.topology, engine.groups.coordinates
+    if 0 < place.pipe < topology.pipeline - 1:
+        return iter(())
+    sampler = Sampler(config.train.global_batch_size, config.train.micro_batch_size, topology.data, place.data)
+    return micro_batches(
+        dataset,
+        sampler,
+        consumed_samples,
+        separator_id=config.model.separator_id,
+        pad_id=config.model.pad_id,
+        eod_reset=config.data.eod_reset,
+    )
+
+
+def _open_tokenizer(config: Config) -> PanguTokenizer | None:
+    """The tokenizer of the data, checked against the model."""
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = PanguTokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} ids. "
+            f"Set model.vocab_size={tokenizer.vocab_size}."
+        )
+    if tokenizer.eot_id != config.model.separator_id:
+        raise InputError(
+            f"model.separator_id = {config.model.separator_id}, but <eot> of the tokenizer {config.data.tokenizer} is {tokenizer.eot_id}. "
+            f"Set model.separator_id={tokenizer.eot_id}."
+        )
+    return tokenizer
+
+
+def _initial_weights(config: Config, *, resuming: bool) -> Fill:
+    """Where a new run's weights come from. A resumed run overwrites them, so the cheapest will do."""
+    if resuming or config.checkpoint.init_from is None:
+        return random_weights(config.train.seed)
+    weights = WeightsDirectory(config.checkpoint.init_from)
+    ours, theirs = config.model, weights.config
+    for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise InputError(
+                f"checkpoint.init_from = {weights.path}: its {key} is {getattr(theirs, key)}, but model.{key} = {getattr(ours, key)}. "
+                f"Set model.{key}={getattr(theirs, key)}."
+            )
+    return weights.fill

@@ -1,0 +1,97 @@
+"""What a run will be, worked out before anything is allocated: the layout, parameters and memory of each rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from megatron_ext.context import ParallelContext
+from megatron_ext.topology import Groups, Topology
+from pangu.config import Config, deepspeed_config, gradient_accumulation_steps
+from pangu.model.block import Block, RunOptions
+from pangu.model.model import PanguModel
+from pangu.model.pipeline import pipeline_layers, stage_bounds
+from pangu.planner.memory import MemoryEstimate, estimate_memory
+from pangu.presets import num_parameters
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One pipeline stage, as each of its ranks sees it."""
+
+    layers: int
+    """Transformer layers, query layer included."""
+    parameters: int
+    """That a rank holds before ZeRO shards them: its tensor slice, and its copy of a tied weight."""
+    memory: MemoryEstimate
+
+
+def stage_reports(config: Config, topology: Topology) -> list[StageReport]:
+    """Count each stage of the real model, built on the meta device: shapes only, no memory, no processes."""
+    settings = deepspeed_config(config, topology)
+    reports = []
+    for stage in range(topology.pipeline):
+        group = Groups.describe(topology, topology.rank(stage, 0, 0)).tensor
+        context = ParallelContext(tensor=group, sequence_parallel=config.parallel.sequence, device=torch.device("meta"))
+        if topology.pipeline == 1:
+            modules: list[torch.nn.Module] = [PanguModel(config.model, context)]
+        else:
+            bounds = stage_bounds(config.model, topology.pipeline)
+            specs = pipeline_layers(config.model, context, RunOptions())[bounds[stage] : bounds[stage + 1]]
+            # A tied module that a stage uses twice is built once.
+            modules = [spec.build() for spec in {getattr(spec, "key", id(spec)): spec for spec in specs}.values()]
+        layers = sum(isinstance(module, Block) for root in modules for module in root.modules())
+        parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        memory = estimate_memory(config, topology, settings, stage=stage, num_layers=layers, num_parameters=parameters)
+        reports.append(StageReport(layers, parameters, memory))
+    return reports
+
+
+def print_report(config: Config, topology: Topology, console: Console) -> None:
+    """The configuration, the layout, and parameters and memory a rank."""
+    console.print(config.to_yaml().rstrip(), markup=False)
+    reports = stage_reports(config, topology)
+    total = num_parameters(config.model)
+    console.print(
+        f"\nlayout: {topology.world_size} processes = tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, "
+        f"ZeRO-{config.parallel.zero_stage}, recompute {config.parallel.recompute}, "
+        f"{gradient_accumulation_steps(config, topology)} micro-batches of {config.train.micro_batch_size} a step",
+        markup=False,
+    )
+    console.print(f"parameters: {total:,} in all", markup=False)
+    console.print("each rank, by pipeline stage; memory in GiB, estimated:")
+    console.print("  ".join(name.rjust(max(len(name), width)) for name, width in _COLUMNS))
+    for stage, report in enumerate(reports):
+        memory, states = report.memory, report.memory.states
+        kinds = (states.weights, states.gradients, states.optimizer, states.buffers, memory.activations, memory.logits, memory.total)
+        cells = [str(stage), str(report.layers), f"{report.parameters:,}", *(f"{value / GIB:.2f}" for value in (*kinds, states.host))]
+        console.print("  ".join(cell.rjust(max(len(name), width)) for cell, (name, width) in zip(cells, _COLUMNS, strict=True)))
+
+
+_COLUMNS = (
+    ("stage", 5),
+    ("layers", 6),
+    ("parameters", 15),
+    ("weights", 7),
+    ("gradients", 7),
+    ("optimizer", 7),
+    ("buffers", 7),
+    ("activations", 7),
+    ("logits", 7),
+    ("peak", 7),
+    ("on host", 7),
+)
+
+
+def flops_per_token(config: Config) -> float:
+    """Floating-point operations to train on one token: 6 a parameter that multiplies, and 12·L·H·S for attention.
+
+    The convention of the field: recomputation is not counted, attention is counted as if not causal, position tables are left out.
+    """
+    model = config.model
+    multiplied = num_parameters(model) - 2 * model.max_positions * model.hidden_size
+    return 6.0 * multiplied + 12.0 * model.num_layers * model.hidden_size * config.train.sequence_length

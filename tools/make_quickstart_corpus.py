@@ -35,8 +35,8 @@ def questions() -> Iterator[dict[str, str]]:
 def documents(seed: int) -> list[str]:
     """All documents of the corpus, in random order.
 
-    In every round a fact is asked twice, once as the question set asks it and once in any wording, and stated once. A question is a document
-    of its own, so that a model ends its answer where the document ends; statements of one kind share a document by one to four.
+    In every round a fact is asked twice, once as the question set asks it and once in any wording, and stated once. A question is a
+    document of its own, so that a model ends its answer where the document ends; statements of one kind share a document by one to four.
     """
     rng = random.Random(seed)
     texts: list[str] = []

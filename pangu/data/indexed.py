@@ -327,29 +327,29 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[n
 
 
 def _check_pointers(path: Path, sizes: NDArray[np.int32], pointers: NDArray[np.int64], itemsize: int, bin_bytes: int) -> None:
-    """Refuse an index with a negative size, or a pointer that is out of range, out of step with the ids, or before its predecessor."""
-    previous = 0
+    """Refuse a negative size, and a pointer that is out of range, not at the start of an id, or within the document before."""
+    end = 0
     for start in range(0, len(sizes), CHUNK):
         size = sizes[start : start + CHUNK].astype(np.int64)
         pointer = np.array(pointers[start : start + CHUNK])
-        before = np.concatenate(([previous], pointer[:-1]))
-        previous = int(pointer[-1])
-        # In this order: a pointer known to be within the file cannot overflow when the document's bytes are added.
-        outside = (pointer < 0) | (pointer > bin_bytes)
-        outside |= np.where(outside, 0, pointer) + size * itemsize > bin_bytes
-        wrong = outside | (size < 0) | (pointer % itemsize != 0) | (pointer < before)
+        ends = pointer + size * itemsize
+        least = np.concatenate(([end], ends[:-1]))
+        end = int(ends[-1])
+        # Both are compared, because the sum of a pointer that is far outside may have overflowed.
+        outside = (pointer > bin_bytes) | (ends > bin_bytes)
+        wrong = outside | (size < 0) | (pointer % itemsize != 0) | (pointer < least)
         if not wrong.any():
             continue
         at = int(wrong.argmax())
         where = f"document {start + at:,}, {size[at]:,} tokens from byte {pointer[at]:,}"
-        if outside[at] and size[at] >= 0 and pointer[at] >= before[at]:
+        if outside[at]:
             raise InputError(
                 f"{path}: {bin_bytes:,} bytes found, more expected by its index ({where}). "
                 f"It was cut off or belongs to another index: {AGAIN}."
             )
         raise InputError(
-            f"{path.with_name(path.name.removesuffix('.bin') + '.idx')}: {where}, found; a size of 0 or more, and a multiple of {itemsize} "
-            f"not below the previous {before[at]:,} expected. It is damaged: {AGAIN}."
+            f"{path.with_name(path.name.removesuffix('.bin') + '.idx')}: {where}, found; a size of 0 or more and a first byte that is "
+            f"a multiple of {itemsize} and not below {least[at]:,} expected. It is damaged: {AGAIN}."
         )
 
 

@@ -162,9 +162,9 @@ def _decompressed(file: IO[bytes], path: Path, piece_bytes: int) -> Iterator[byt
                 yield decompressor.decompress(data)
             except (zlib.error, zstandard.ZstdError) as error:
                 raise InputError(f"{path}: damaged near byte {file.tell():,}: {error}. Get the file again.") from None
-            # Zeros may pad a file to a whole number of tape blocks. A skippable frame of zstd is left without `eof` being set.
+            # Zeros may pad a file to a whole number of tape blocks.
             data = decompressor.unused_data.lstrip(b"\0")
-            if decompressor.eof or data:
+            if decompressor.eof:
                 decompressor = None
     if decompressor is not None:
         raise InputError(

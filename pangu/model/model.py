@@ -56,15 +56,20 @@ class PanguModel(nn.Module):
         Returns:
             [B, S, V/T]: this rank's slice of the padded vocabulary (`gather_logits` makes it whole).
         """
+        return self.wte.logits(self.hidden(tokens_BS, position_ids_BS, caches))
+
+    def hidden(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """What the output layer (`wte.logits`) reads: x_BSH on the residual stream. The arguments are those of `logits`.
+
+        Generation takes the last position from it, for the logits of a whole prompt would be its largest tensor.
+        """
         caches = caches or [None] * self.config.num_layers  # type: ignore[list-item]
         x_BSH = self.position(self.wte(tokens_BS), position_ids_BS)
         for block, cache in zip(self.blocks, caches[:-1], strict=True):
             x_BSH = block(x_BSH, position_ids_BS, cache)
         if self.config.final_norm == "before_query":
-            x_BSH = self.query_layer(self.ln_f(x_BSH), position_ids_BS, caches[-1])
-        else:
-            x_BSH = self.ln_f(self.query_layer(x_BSH, position_ids_BS, caches[-1]))
-        return self.wte.logits(x_BSH)
+            return self.query_layer(self.ln_f(x_BSH), position_ids_BS, caches[-1])
+        return self.ln_f(self.query_layer(x_BSH, position_ids_BS, caches[-1]))
 
 
 def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, *, vocab_size: int, group: Group) -> Tensor:

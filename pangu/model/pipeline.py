@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from megatron_ext.context import ParallelContext
@@ -30,9 +31,16 @@ Activations = tuple[Tensor, Tensor]
 """x_BSH on the residual stream, position_ids_BS int64 for the whole sequence."""
 
 
-def _look_up(words: VocabParallelEmbedding, inputs: Activations) -> Activations:
-    tokens_BS, position_ids_BS = inputs
-    return words(tokens_BS), position_ids_BS
+class PipeWordEmbedding(WordEmbedding):
+    """The word embedding as a pipeline layer, and the module that the output layer is tied to.
+
+    The look-up is the module's own `forward`: DeepSpeed saves a tied module only where the layer is the module itself, not a function of
+    it, and resumes without a word from the initial weights otherwise.
+    """
+
+    def forward(self, inputs: Activations) -> Activations:  # type: ignore[override]
+        """(tokens, position ids) -> (words, position ids)."""
+        return super().forward(inputs[0]), inputs[1]
 
 
 def _output(words: VocabParallelEmbedding, inputs: Activations) -> Tensor:
@@ -80,11 +88,11 @@ def pipeline_layers(config: ModelConfig, context: ParallelContext, options: RunO
     query_layer = LayerSpec(PipeQueryLayer, config, context, options)
     top = [final_norm, query_layer] if config.final_norm == "before_query" else [query_layer, final_norm]
     return [
-        TiedLayerSpec("words", WordEmbedding, config, context, forward_fn=_look_up),
+        TiedLayerSpec("words", PipeWordEmbedding, config, context),
         LayerSpec(PipePositionEmbedding, config, context),
         *blocks,
         *top,
-        TiedLayerSpec("words", WordEmbedding, config, context, forward_fn=_output),
+        TiedLayerSpec("words", PipeWordEmbedding, config, context, forward_fn=_output),
     ]
 
 
@@ -148,7 +156,8 @@ def build_pipeline(config: ModelConfig, context: ParallelContext, options: RunOp
             self.parts = bounds
             self._set_bounds(bounds[self.stage_id], bounds[self.stage_id + 1])
 
-    with quiet():
+    # DeepSpeed broadcasts the tied weight; with gradients on, autograd would take that for part of the model and warn of it.
+    with quiet(), torch.no_grad():
         return PanguPipeline(
             layers=pipeline_layers(config, context, options),
             topology=PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data),
@@ -158,13 +167,16 @@ def build_pipeline(config: ModelConfig, context: ParallelContext, options: RunOp
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Keep DeepSpeed's announcements off the terminal; warnings still come through."""
+    """Keep DeepSpeed's announcements while it builds off the terminal; errors still come through.
+
+    Its warnings here are about optimizers it has not tested, which ours are by design.
+    """
     from deepspeed.utils import logger
 
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(max(level, logging.WARNING))  # nor does every later step need an announcement

@@ -175,9 +175,9 @@ class TrainingEngine:
         if self.config.parallel.zero_stage != 3:
             yield parameter.detach()
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.detach()
 
 

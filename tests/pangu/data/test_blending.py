@@ -41,6 +41,11 @@ def test_every_stretch_has_the_mix(weights: list[float]) -> None:
     assert (np.abs(counts[-1] - wanted[-1]) < 1).all() and (counts[-1] > 0).all()
 
 
+def test_equal_weights_take_turns() -> None:
+    dataset = blend([1, 1])
+    assert [dataset.locate(index)[0] for index in range(PERIOD)] == [0, 1] * (PERIOD // 2)
+
+
 def test_each_source_is_read_in_its_order_across_periods() -> None:
     dataset = blend(TABLE_4)
     seen = [0] * len(TABLE_4)

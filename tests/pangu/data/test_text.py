@@ -40,8 +40,8 @@ def test_documents_do_not_depend_on_the_blocks(tmp_path: Path, suffix: str, part
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_json_lines(tmp_path: Path, suffix: str) -> None:
-    texts = [*DOCUMENTS, "", "a\n\nb", "\U00020bb7"]
-    data = "\r\n".join(json.dumps({"text": value, "id": 1}, ensure_ascii=index % 2 == 0) for index, value in enumerate(texts)) + "\n\n"
+    texts = [*DOCUMENTS, "", "a\n\nb", "\U00020bb7", "\U00020bb7"]
+    data = "\r\n".join(json.dumps({"text": value, "id": 1}, ensure_ascii=index % 2 == 1) for index, value in enumerate(texts)) + "\n\n"
     path = compressed(tmp_path / "corpus.jsonl", data.encode(), suffix)
     for block_bytes in range(4, 200, 7):
         assert read(path, block_bytes) == texts
@@ -58,6 +58,16 @@ def test_blocks_are_small_and_say_where_they_are(tmp_path: Path) -> None:
         assert data[block.offset :].startswith(block.data)
         assert block.line == data[: block.offset].count(b"\n") + 1
     assert blocks[-1].bytes_read == input_size(path) == len(data)
+
+
+def test_a_long_document_does_not_make_the_blocks_after_it_long(tmp_path: Path) -> None:
+    """Nor is a boundary overlooked that lies across two reads."""
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(b"x" * 1023 + b"\n\n" + (b"y" * 50 + b"\n\n") * 100)
+    lengths = [len(block.data) for block in read_blocks(path, 256)]
+    assert lengths[0] <= 1023 + 2 + 256 and max(lengths[1:]) < 2 * 256
+    path.write_bytes(b"x" * 255 + b"\n\n" + b"y" * 254)
+    assert [len(block.data) for block in read_blocks(path, 256)] == [257, 254]
 
 
 def test_byte_order_mark_and_no_text(tmp_path: Path) -> None:

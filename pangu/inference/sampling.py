@@ -1,0 +1,89 @@
+"""Choosing the next token from its logits: greedy, temperature, top-k and top-p.
+
+Each row of a batch draws from its own generator and needs one number of it a token, so a row's choice depends on its logits and its seed
+alone: not on the rows beside it, nor on the device.
+
+Shapes: B rows, V vocabulary, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pangu.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. The defaults draw from the model's own distribution.
+
+    Raises:
+        InputError: if a value is out of its range.
+    """
+
+    temperature: float = 1.0
+    """Logits are divided by it: below 1 favours likely tokens. 0 is greedy: always the likeliest token."""
+    top_k: int = 0
+    """Draw among so many likeliest tokens; 1 is greedy, 0 all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens whose probabilities sum to this or more (nucleus sampling, arXiv 1904.09751); 1 is all."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise InputError(f"temperature = {self.temperature}; expected 0 (greedy) or more.")
+        if self.top_k < 0:
+            raise InputError(f"top_k = {self.top_k}; expected 0 (all tokens) or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p = {self.top_p}; expected more than 0 and at most 1 (all tokens).")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always chosen. So it is, in fp32, at any temperature that rounds to 0 beside a logit."""
+        return self.temperature < 1e-6 or self.top_k == 1
+
+
+def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn, likeliest first; of equally likely ones the lower id first.
+
+    Temperature comes first, then top-k, then top-p of what top-k left.
+
+    Returns:
+        weights_BC, fp32, in the ratio of the probabilities and 0 for what top-p excludes; ids_BC, int64. Greedy: C = 1.
+    """
+    if sampling.is_greedy:
+        ids_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        return torch.ones_like(ids_B1, dtype=torch.float32), ids_B1
+    sorted_BV, ids_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
+    # The largest becomes 0 before the division, which may then overflow only towards probability 0.
+    scaled_BV = (sorted_BV - sorted_BV[:, :1]) / sampling.temperature
+    num_candidates = sampling.top_k or scaled_BV.shape[-1]
+    weights_BC = scaled_BV[:, :num_candidates].softmax(dim=-1)
+    if sampling.top_p < 1.0:
+        mass_before_BC = weights_BC.cumsum(dim=-1) - weights_BC
+        weights_BC = weights_BC.masked_fill(mass_before_BC >= sampling.top_p, 0.0)
+    return weights_BC, ids_BV[:, :num_candidates]
+
+
+def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Choose one token a row.
+
+    Args:
+        logits_BV: of the real vocabulary, without padded ids; any float dtype.
+        sampling: how.
+        generators: one a row, on the CPU; each gives one number, even if greedy.
+
+    Returns:
+        ids_B, int64, each in [0, V).
+    """
+    weights_BC, ids_BC = candidates(logits_BV, sampling)
+    drawn_B = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(weights_BC.device)
+    mass_BC = weights_BC.cumsum(dim=-1)
+    chosen_B1 = torch.searchsorted(mass_BC, drawn_B.unsqueeze(-1) * mass_BC[:, -1:], right=True)
+    # A draw next to 1 may round up to the whole mass: it means the last candidate of any weight.
+    last_B1 = (weights_BC > 0).sum(dim=-1, keepdim=True) - 1
+    return ids_BC.gather(-1, chosen_B1.minimum(last_B1)).squeeze(-1)

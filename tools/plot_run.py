@@ -1,0 +1,183 @@
+"""Draw the loss of one or several runs.
+
+    python tools/plot_run.py runs/a                              # in the terminal
+    python tools/plot_run.py runs/a runs/b --output loss.png     # a picture; needs matplotlib, part of the extra [monitor]
+
+reads metrics.jsonl of each run directory. A step that was done again after a resumption counts with its last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pangu.errors import InputError, exit_code
+
+PICTURES = (".png", ".svg", ".pdf")
+
+# Unicode braille: a character is 2 x 4 dots, each a bit over U+2800. DOTS[row][column] is the dot's bit.
+BRAILLE, DOTS = 0x2800, ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+
+
+@dataclass
+class Curves:
+    """What metrics.jsonl says of a run: step -> loss, in ascending steps."""
+
+    name: str
+    training: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What the reader should know of the file, such as a last line that was cut off."""
+
+
+def read_run(directory: Path) -> Curves:
+    """The loss curves of a run directory.
+
+    A last line that was cut off, by a process killed while it wrote, is left out with a note; so are losses that are not finite.
+
+    Raises:
+        InputError: no metrics.jsonl, a broken line before the last, or no loss at all.
+    """
+    path = directory / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Name a run directory, one that training wrote into.") from error
+    curves = Curves(str(directory))
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics = json.loads(line)
+            _add(curves, metrics)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise InputError(
+                    f"{path}: line {number}: an object with a whole number 'step' expected, found {line[:40]!r}. Remove the line."
+                ) from error
+            curves.notes.append(f"{path}: the last line was cut off and is left out")
+    for series in (curves.training, curves.validation):
+        for step in [step for step, loss in series.items() if not math.isfinite(loss)]:
+            del series[step]
+            curves.notes.append(f"{path}: the loss of step {step} is not finite and is left out")
+    if not curves.training:
+        raise InputError(f"{path}: no step with a finite loss in {len(lines)} lines. Train longer, or name another run directory.")
+    curves.training, curves.validation = dict(sorted(curves.training.items())), dict(sorted(curves.validation.items()))
+    return curves
+
+
+def _add(curves: Curves, metrics: dict[str, Any]) -> None:
+    """Enter one line of metrics.jsonl."""
+    step = int(metrics["step"])
+    if "loss" in metrics:
+        curves.training[step] = float(metrics["loss"])
+    if "validation_loss" in metrics:
+        curves.validation[step] = float(metrics["validation_loss"])
+
+
+def terminal_chart(series: dict[int, float], *, width: int = 64, height: int = 12, braille: bool = True) -> str:
+    """The series as lines of text, with a scale at the left and the steps below.
+
+    Args:
+        series: step -> value, at least one.
+        width: columns of the plotted area.
+        height: its lines.
+        braille: eight dots a character; False draws with plain ASCII.
+    """
+    columns, rows = (2 * width, 4 * height) if braille else (width, height)
+    low, high = min(series.values()), max(series.values())
+    first, last = min(series), max(series)
+    dots = {
+        (
+            round((high - value) / ((high - low) or 1) * (rows - 1)),
+            round((step - first) / ((last - first) or 1) * (columns - 1)),
+        )
+        for step, value in series.items()
+    }
+    label = max(len(f"{value:.3f}") for value in (low, high))
+    lines = []
+    for line in range(height):
+        value = high - (high - low) * line / (height - 1)
+        scale = f"{value:.3f}" if line % 3 == 0 or line == height - 1 else ""
+        lines.append(f"{scale:>{label}} {'┤' if braille else '|'}{_plot_line(dots, line, width, braille)}".rstrip())
+    lines.append(" " * label + (" └" + "─" * width if braille else " +" + "-" * width))
+    lines.append(" " * (label + 2) + f"step {first}" + f"{last}".rjust(width - len(f"step {first}")))
+    return "\n".join(lines)
+
+
+def _plot_line(dots: set[tuple[int, int]], line: int, width: int, braille: bool) -> str:
+    """One line of the plotted area; a dot is (row, column), from the top left."""
+    if not braille:
+        return "".join("*" if (line, column) in dots else " " for column in range(width))
+    cells = (
+        sum(bit for row, bits in enumerate(DOTS) for column, bit in enumerate(bits) if (4 * line + row, 2 * cell + column) in dots)
+        for cell in range(width)
+    )
+    return "".join(chr(BRAILLE + cell) if cell else " " for cell in cells)
+
+
+def print_curves(curves: Curves) -> None:
+    """Print the training loss as a chart, in ASCII where the terminal cannot show more, and the validation losses below it."""
+    braille = (sys.stdout.encoding or "ascii").lower().replace("-", "").startswith("utf")
+    print(f"{curves.name}: training loss")
+    print(terminal_chart(curves.training, braille=braille))
+    if curves.validation:
+        shown = list(curves.validation.items())[-5:]
+        print("validation loss: " + ", ".join(f"{loss:.4f} at step {step}" for step, loss in shown))
+
+
+def save_picture(runs: Sequence[Curves], path: Path) -> None:
+    """Draw all runs into one picture, whose format its suffix says: training as lines, validation as points of the same colour.
+
+    Raises:
+        InputError: if matplotlib is not installed, the suffix is unknown, or the file cannot be written.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise InputError(f"--output {path}: a name that ends in {', '.join(PICTURES)} expected.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "matplotlib, which draws the picture, is not installed: pip install 'pangu-alpha-pytorch[monitor]', "
+            "or leave --output out for a chart in the terminal."
+        ) from error
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for curves in runs:
+        (line,) = axes.plot(list(curves.training), list(curves.training.values()), linewidth=1, label=curves.name)
+        if curves.validation:
+            steps, losses = list(curves.validation), list(curves.validation.values())
+            axes.plot(steps, losses, "o", color=line.get_color(), label=f"{curves.name}, validation")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written ({error.strerror}). Name a file in a folder you may write to.") from error
+
+
+@exit_code
+def main() -> None:
+    """Parse the command line; print the charts or write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="directories that training wrote into")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"picture to write ({', '.join(PICTURES)}); without it, print a chart")
+    arguments = parser.parse_args()
+    runs = [read_run(directory) for directory in arguments.runs]
+    for note in (note for curves in runs for note in curves.notes):
+        print(f"note: {note}", file=sys.stderr)
+    if arguments.output is None:
+        for curves in runs:
+            print_curves(curves)
+    else:
+        save_picture(runs, arguments.output)
+        print(f"{arguments.output}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
+
+
+if __name__ == "__main__":
+    main()

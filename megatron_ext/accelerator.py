@@ -114,8 +114,10 @@ def initialize(timeout_seconds: float) -> None:
     if backend() == "hccl":
         # HCCL reduces no float64, but DeepSpeed sums ZeRO-3 gradient norms in it wherever the accelerator does not deny having it.
         type(accelerator).is_fp64_supported = lambda self: False
-    # DeepSpeed still calls these by their names of before torch 2.13, thousands of times a run.
+    # DeepSpeed still calls these by their names of before torch 2.13, thousands of times a run; and it broadcasts the tied weight of a
+    # pipeline as a parameter and not as its data, which autograd takes for a mistake.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "c10d::broadcast_: an autograd kernel was not registered", UserWarning)
     deepspeed.init_distributed(dist_backend=backend(), timeout=timedelta(seconds=timeout_seconds), verbose=False)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from pangu.errors import exit_code
@@ -40,7 +42,9 @@ def main() -> None:
     from pangu.inference.sampling import Sampling
 
     Sampling(arguments.temperature, arguments.top_k, arguments.top_p)  # refuses before the weights are read, which may take minutes
-    generations = TextGenerator.from_directory(arguments.model).generate(
+    with redirect_stdout(sys.stderr):  # standard output is the text's alone, whatever a library announces while it starts
+        generator = TextGenerator.from_directory(arguments.model)
+    generations = generator.generate(
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,

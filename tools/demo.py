@@ -93,10 +93,10 @@ def fresh(directory: Path) -> None:
 
 def answer(model: Path, questions: Sequence[str]) -> list[str]:
     """What the trained weights say: the most likely continuation of each question, up to the document's end."""
-    from pangu.inference.generation import Generator
+    from pangu.inference.generation import TextGenerator  # not above: the stages before need no model
 
-    generator = Generator.from_directory(model)
-    return generator.generate([prompt(question) for question in questions], max_new_tokens=40)
+    generations = TextGenerator.from_directory(model).generate([prompt(question) for question in questions], temperature=0)
+    return [generation.text for generation in generations]
 
 
 def same(one: str, other: str) -> bool:

@@ -33,16 +33,16 @@ class Curves:
     training: dict[int, float] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What the reader should know of the file, such as a last line that was cut off."""
+    """What the reader should know of the file, such as a line that was cut off."""
 
 
 def read_run(directory: Path) -> Curves:
     """The loss curves of a run directory.
 
-    A last line that was cut off, by a process killed while it wrote, is left out with a note; so are losses that are not finite.
+    A line that was cut off, by a process killed while it wrote, is left out with a note; so are losses that are not finite.
 
     Raises:
-        InputError: no metrics.jsonl, a broken line before the last, or no loss at all.
+        InputError: no metrics.jsonl, or no loss in it.
     """
     path = directory / "metrics.jsonl"
     try:
@@ -52,14 +52,9 @@ def read_run(directory: Path) -> Curves:
     curves = Curves(str(directory))
     for number, line in enumerate(lines, start=1):
         try:
-            metrics = json.loads(line)
-            _add(curves, metrics)
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise InputError(
-                    f"{path}: line {number}: an object with a whole number 'step' expected, found {line[:40]!r}. Remove the line."
-                ) from error
-            curves.notes.append(f"{path}: the last line was cut off and is left out")
+            _add(curves, json.loads(line))
+        except (ValueError, TypeError, KeyError):
+            curves.notes.append(f"{path}: line {number} was cut off and is left out")
     for series in (curves.training, curves.validation):
         for step in [step for step, loss in series.items() if not math.isfinite(loss)]:
             del series[step]

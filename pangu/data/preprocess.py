@@ -79,6 +79,7 @@ def preprocess(
 
     Raises:
         InputError: a file that cannot be read as what it is, no documents, a disk that is full. Nothing is written then.
+        KeyboardInterrupt: on SIGINT and SIGTERM. Nothing is written then either.
     """
     began = time.monotonic()
     sizes = {path: input_size(path) for path in inputs}
@@ -88,6 +89,7 @@ def preprocess(
     blocks = (block for path in inputs for block in read_blocks(path))
     empty = 0
     with (
+        _deferred_interrupts() as interrupt,
         IndexedDatasetWriter(
             output, vocab_size=tokenizer.vocab_size, separator_id=tokenizer.eot_id, tokenizer_sha256=tokenizer.sha256
         ) as writer,
@@ -96,6 +98,7 @@ def preprocess(
     ):
         finished, current = 0, inputs[0]
         for result in tokenized(blocks):
+            interrupt()
             writer.add(result.tokens, result.sizes)
             empty += result.empty
             if result.path != current:
@@ -128,6 +131,28 @@ class _Tokenize:
             tokens.append(self.separator_id)
             sizes.append(len(ids) + 1)
         return TokenizedBlock(np.array(tokens, self.dtype), np.array(sizes, np.int32), empty, block.path, block.bytes_read)
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Hold SIGINT and SIGTERM back until the function this gives is called: it raises KeyboardInterrupt if one came.
+
+    An exception at any moment could otherwise meet an executor that has forked its workers but does not know them yet, or the writer
+    between two renames.
+    """
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    earlier = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
+
+    def interrupt() -> None:
+        if received:
+            raise KeyboardInterrupt
+
+    try:
+        yield interrupt
+    finally:
+        for number, handler in zip(signals, earlier, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager

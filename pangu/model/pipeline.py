@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from megatron_ext.context import ParallelContext
@@ -156,8 +155,7 @@ def build_pipeline(config: ModelConfig, context: ParallelContext, options: RunOp
             self.parts = bounds
             self._set_bounds(bounds[self.stage_id], bounds[self.stage_id + 1])
 
-    # DeepSpeed broadcasts the tied weight; with gradients on, autograd would take that for part of the model and warn of it.
-    with quiet(), torch.no_grad():
+    with quiet():
         return PanguPipeline(
             layers=pipeline_layers(config, context, options),
             topology=PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data),

@@ -1,0 +1,184 @@
+"""Generated text: equal to recomputing everything for each token, independent of the batch, and refusals that say what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import run_distributed
+from small_model import TOKENIZER_VOCAB, VOCAB, WINDOW, NumberTokenizer, small_model
+
+from megatron_ext import accelerator
+from megatron_ext.topology import SINGLE, Group, Groups, Topology
+from pangu.errors import InputError
+from pangu.inference.generation import Generation, TextGenerator
+from pangu.model.model import PanguModel
+
+SEPARATOR = 9
+NUMBERS = torch.randint(10, TOKENIZER_VOCAB, (WINDOW,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def generator(group: Group = SINGLE, **changes: Any) -> TextGenerator:
+    return TextGenerator(small_model(group, **changes), NumberTokenizer())  # type: ignore[arg-type]
+
+
+def prompt(length: int, first: int = 0) -> str:
+    return " ".join(map(str, NUMBERS[first : first + length]))
+
+
+def greedy_to_the_window(of: TextGenerator) -> list[list[int]]:
+    """The continuation of a prompt of every length, each in a batch of its own, until the window is full."""
+    return [of.generate([prompt(length)], max_new_tokens=WINDOW - length, temperature=0, stop_ids=())[0].ids for length in range(1, WINDOW)]
+
+
+@torch.inference_mode()
+def recomputed(model: PanguModel, ids: list[int], num_new: int) -> list[int]:
+    """Greedy decoding without a cache."""
+    ids = list(ids)
+    for _ in range(num_new):
+        logits = model.logits(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0))[0, -1, :TOKENIZER_VOCAB]
+        ids.append(int(logits.argmax()))
+    return ids[-num_new:]
+
+
+@pytest.mark.parametrize("final_norm", ["before_query", "after_query"])
+def test_greedy_equals_recomputation_for_every_prompt_length(final_norm: str) -> None:
+    of = generator(final_norm=final_norm)
+    generated = greedy_to_the_window(of)
+    for length, ids in enumerate(generated, start=1):
+        assert ids == recomputed(of.model, NUMBERS[:length], WINDOW - length)
+    assert len({token for ids in generated for token in ids}) > 20  # not one token for ever
+
+
+def rank_generations() -> tuple[list[list[int]], list[Generation], list[Generation]]:
+    accelerator.initialize(60)
+    group = Groups.create(Topology(tensor=2, pipeline=1, data=1)).tensor
+    of = generator(group)
+    disagreeing = of.generate([prompt(3)], max_new_tokens=12, seed=group.rank)
+    return greedy_to_the_window(of), of.generate([prompt(3), prompt(8)], max_new_tokens=12), disagreeing
+
+
+def test_two_ranks_generate_what_one_does_even_where_their_draws_differ() -> None:
+    of = generator()
+    expected = (
+        greedy_to_the_window(of),
+        of.generate([prompt(3), prompt(8)], max_new_tokens=12),
+        of.generate([prompt(3)], max_new_tokens=12, seed=0),
+    )
+    assert run_distributed(rank_generations, 2) == [expected, expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_batch_does_not_change_a_continuation(temperature: float) -> None:
+    of = generator()
+    prompts = [prompt(1), prompt(12), prompt(5, first=4), "", prompt(7)]
+    alone = [of.generate([text], max_new_tokens=12, temperature=temperature)[0] for text in prompts]
+    assert of.generate(prompts, max_new_tokens=12, temperature=temperature) == alone
+    assert of.generate(prompts[::-1], max_new_tokens=12, temperature=temperature) == alone[::-1]
+    assert len({generation.text for generation in alone}) == len(prompts)
+
+
+def test_the_seed_decides_the_text() -> None:
+    of = generator()
+    texts = [of.generate([prompt(4)], max_new_tokens=12, seed=seed)[0].text for seed in (7, 7, 8, 2**70)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+    assert [generation.text for generation in of.generate([prompt(4)] * 2, max_new_tokens=12, seed=[7, 8])] == texts[1:3]
+
+
+def test_text_is_the_new_tokens_alone() -> None:
+    [generation] = generator().generate([prompt(4)], max_new_tokens=5, stop_ids=())
+    assert len(generation.ids) == 5
+    assert generation == Generation(" ".join(map(str, generation.ids)), generation.ids, "length")
+
+
+def test_a_stop_token_ends_its_row_alone_and_is_left_out() -> None:
+    of = generator()
+    prompts = [prompt(3), prompt(6)]
+    whole = [generation.ids for generation in of.generate(prompts, max_new_tokens=15, temperature=3.0, stop_ids=())]
+    for stop in {*whole[0], *whole[1]}:
+        generations = of.generate(prompts, max_new_tokens=15, temperature=3.0, stop_ids=[stop])
+        for ids, generation in zip(whole, generations, strict=True):
+            assert generation.ids == (ids[: ids.index(stop)] if stop in ids else ids)
+            assert generation.finish_reason == ("stop" if stop in ids else "length")
+    assert {*whole[0]} ^ {*whole[1]}  # some tokens stop one row alone
+
+
+def test_the_separator_stops_by_default() -> None:
+    of = generator()
+    with torch.no_grad():
+        of.model.wte.weight[SEPARATOR] *= 100.0  # its logit outweighs the others wherever it is positive
+    generations = of.generate([prompt(n) for n in range(1, 9)], max_new_tokens=15, temperature=0)
+    assert "stop" in {generation.finish_reason for generation in generations}
+    assert all(SEPARATOR not in generation.ids for generation in generations)
+
+
+def test_all_rows_stopped_end_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = generator()
+    lengths = []
+    hidden = of.model.hidden
+    monkeypatch.setattr(of.model, "hidden", lambda tokens, *rest: lengths.append(tokens.shape[1]) or hidden(tokens, *rest))
+    [generation] = of.generate([prompt(4)], max_new_tokens=15, stop_ids=range(VOCAB))
+    assert generation == Generation("", [], "stop")
+    of.generate([prompt(4)], max_new_tokens=3, stop_ids=())
+    assert lengths == [4, 4, 1, 1]
+
+
+def test_only_ids_of_the_tokenizer_are_generated() -> None:
+    of = generator()
+    generations = of.generate([prompt(1)] * 40, max_new_tokens=20, temperature=50.0, seed=range(40))
+    ids = [token for generation in generations for token in generation.ids]
+    assert len(ids) > 500
+    assert max(ids) == TOKENIZER_VOCAB - 1
+
+
+def test_an_empty_prompt_continues_the_separator() -> None:
+    of = generator()
+    assert of.generate([""], max_new_tokens=5) == of.generate([str(SEPARATOR)], max_new_tokens=5)
+    assert of.generate([]) == []
+
+
+def test_without_a_number_the_window_is_filled_but_not_exceeded() -> None:
+    assert len(generator().generate([prompt(4)], stop_ids=())[0].ids) == WINDOW - 4
+    assert len(generator(max_positions=200).generate([prompt(4)], stop_ids=())[0].ids) == 100
+
+
+@pytest.mark.parametrize(
+    ("prompts", "values", "message"),
+    [
+        ([prompt(20)], {"max_new_tokens": 5}, "the prompt has 20 tokens and .* 5 more, .* 24 positions. Set max_new_tokens to 4 or less"),
+        ([prompt(2), prompt(20)], {"max_new_tokens": 5}, "prompt 2 of 2 has 20 tokens"),
+        ([prompt(WINDOW)], {"max_new_tokens": 1}, "24 positions. Shorten the prompt"),
+        ([prompt(WINDOW)], {}, "24 positions. Shorten the prompt"),
+        ([prompt(2)], {"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ([prompt(2)], {"seed": -1}, "seed = -1"),
+        ([prompt(2)], {"seed": [1, 2]}, "expected one number of 0 or more, or 1 of them"),
+        ([prompt(2)], {"top_p": 2.0}, "top_p = 2.0"),
+    ],
+)
+def test_refusals(prompts: list[str], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generator().generate(prompts, **values)
+
+
+def test_a_tokenizer_with_more_ids_is_refused() -> None:
+    with pytest.raises(InputError, match="numbers has 90 ids, but the model only 80"):
+        generator(vocab_size=80)
+
+
+def test_scores_that_are_not_numbers_are_refused() -> None:
+    of = generator()
+    with torch.no_grad():
+        of.model.ln_f.weight[0] = torch.nan
+    with pytest.raises(InputError, match=r"not numbers \(computed in torch.float32\)"):
+        of.generate([prompt(2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_sixteen_bits(dtype: torch.dtype, attention: str) -> None:
+    of = generator(attention=attention)
+    of.model.to(dtype)
+    single = of.generate([prompt(4)], max_new_tokens=10, temperature=0, stop_ids=())
+    assert len(single[0].ids) == 10

@@ -48,6 +48,8 @@ def random_weights(seed: int) -> Fill:
         if spec.split_dim is not None:
             begins[spec.split_dim] = spec.offset(rank, size)
         ends = [min(begin + width, whole) for begin, width, whole in zip(begins, local.shape, spec.shape, strict=True)]
+        if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+            return  # a rank may hold nothing but padding
         for tile in product(*(range(begin // TILE, -(-end // TILE)) for begin, end in zip(begins, ends, strict=True))):
             low = [index * TILE for index in tile]
             shape = tuple(min(TILE, whole - at) for at, whole in zip(low, spec.shape, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -14,14 +15,15 @@ class InputError(ValueError):
 
 
 def exit_code(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a program's `main`: refused input prints `error: ...` on standard error and exits 2; other exceptions keep their traceback (exit 1)."""
+    """Wrap a program's `main`: refused input prints `error: ...` on standard error and exits 2; other exceptions keep their traceback."""
 
     @wraps(main)
     def wrapped() -> None:
         try:
             main()
         except (InputError, LayoutError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            where = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapped

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_ext.context import Fill, ParallelContext
@@ -51,9 +52,9 @@ def small_model(group: Group = SINGLE, **changes: Any) -> PanguModel:
     return PanguModel(small_config(**changes), ParallelContext(tensor=group, fill=sharp_weights(3))).eval()
 
 
-def write_model(path: Path, tokenizer: Path, **changes: Any) -> None:
+def write_model(path: Path, tokenizer: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
     """Write the small model as a weights directory."""
-    model = small_model(**changes)
+    model = small_model(**changes).to(dtype)
     parameters = ((spec, partial(nullcontext, parameter)) for spec, parameter in canonical_parameters(model))
     groups = Groups.describe(Topology(tensor=1, pipeline=1, data=1), 0)
     write_weights(path, model.config, groups, parameters, tokenizer=tokenizer)

@@ -161,7 +161,7 @@ class TextGenerator:
             return asked or min(DEFAULT_NEW_TOKENS, room)
         which = f"prompt {1 + lengths.index(longest)} of {len(lengths)}" if len(lengths) > 1 else "the prompt"
         raise InputError(
-            f"{which} has {longest:,} tokens and max_new_tokens asks for {wanted:,} more, but the model's window has {window:,} positions. "
+            f"{which} takes {longest:,} positions and max_new_tokens {wanted:,} more, but the model's window has {window:,}. "
             + (f"Set max_new_tokens to {room:,} or less, or shorten the prompt." if room > 0 else "Shorten the prompt.")
         )
 

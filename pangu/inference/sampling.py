@@ -84,6 +84,6 @@ def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
     drawn_B = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(weights_BC.device)
     mass_BC = weights_BC.cumsum(dim=-1)
     chosen_B1 = torch.searchsorted(mass_BC, drawn_B.unsqueeze(-1) * mass_BC[:, -1:], right=True)
-    # A draw next to 1 may round up to the whole mass: it means the last candidate of any weight.
+    # Devices sum in an order of their own, and their rounding may lift a draw next to 1 past the last candidate of any weight.
     last_B1 = (weights_BC > 0).sum(dim=-1, keepdim=True) - 1
     return ids_BC.gather(-1, chosen_B1.minimum(last_B1)).squeeze(-1)

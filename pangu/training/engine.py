@@ -22,7 +22,6 @@ from megatron_ext.sharding import spec_of
 from megatron_ext.topology import Groups
 from pangu.config import Config, deepspeed_config
 from pangu.data.batches import Batch
-from pangu.errors import InputError
 from pangu.model.block import RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import build_pipeline, quiet
@@ -55,11 +54,6 @@ class TrainingEngine:
     def __init__(self, config: Config, groups: Groups, fill: Fill) -> None:
         import deepspeed
 
-        if not accelerator.supports(config.train.precision):
-            raise InputError(
-                f"train.precision = {config.train.precision}: {accelerator.device_name()} does not train in it. "
-                f"Choose {' or '.join(p for p in ('bf16', 'fp16', 'fp32') if accelerator.supports(p))}."
-            )
         self.config, self.groups = config, groups
         self.rng = RngStreams(config.train.seed, groups.coordinates)
         self.has_pipeline = groups.topology.pipeline > 1

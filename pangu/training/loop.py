@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from types import FrameType
 from rich.console import Console
 
 from megatron_ext import accelerator
-from megatron_ext.collectives import all_gather_objects, barrier, shutdown, world_rank, world_size
+from megatron_ext.collectives import all_gather_objects, barrier, shutdown
 from megatron_ext.context import Fill
 from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
@@ -54,11 +55,16 @@ def run_training(config: Config) -> None:
     Raises:
         InputError: one line about what the user can mend.
     """
-    accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
-    topology = validate_layout(config, world_size())
-    is_first = world_rank() == 0
+    # All that can be refused is refused before any process waits for another.
+    topology = validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         print_report(config, topology, Console(soft_wrap=True, highlight=False))
+    if not accelerator.supports(config.train.precision):
+        raise InputError(
+            f"train.precision = {config.train.precision}: {accelerator.device_name()} does not train in it. "
+            f"Choose {' or '.join(precision for precision in ('bf16', 'fp16', 'fp32') if accelerator.supports(precision))}."
+        )
     tokenizer = _open_tokenizer(config)
     training, validation = build_datasets(
         config.data.train,
@@ -70,9 +76,11 @@ def run_training(config: Config) -> None:
         separator_id=config.model.separator_id,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
     )
+    initial_weights = _initial_weights(config)
+    accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
     groups = Groups.create(topology)
     checkpoint = find_checkpoint(config, groups.world)
-    engine = TrainingEngine(config, groups, _initial_weights(config, resuming=checkpoint is not None))
+    engine = TrainingEngine(config, groups, initial_weights)
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
     if is_first:
         config.run.dir.mkdir(parents=True, exist_ok=True)
@@ -201,9 +209,9 @@ def _open_tokenizer(config: Config) -> PanguTokenizer | None:
     return tokenizer
 
 
-def _initial_weights(config: Config, *, resuming: bool) -> Fill:
-    """Where a new run's weights come from. A resumed run overwrites them, so the cheapest will do."""
-    if resuming or config.checkpoint.init_from is None:
+def _initial_weights(config: Config) -> Fill:
+    """Where a new run's weights come from. A resumed run overwrites them."""
+    if config.checkpoint.init_from is None:
         return random_weights(config.train.seed)
     weights = WeightsDirectory(config.checkpoint.init_from)
     ours, theirs = config.model, weights.config

@@ -11,9 +11,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from harness import run_distributed
 from small_model import write_model
 
+from megatron_ext import accelerator
 from pangu.inference.generation import TextGenerator
 from pangu.tokenizer import MODEL_FILE, PanguTokenizer
 from pangu.tokenizer_training import train_tokenizer
@@ -28,7 +30,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     places, predicates = ["四川", "北京", "上海", "中国"], ["的天气很好", "是一个大城市", "的省会是成都", "欢迎我们"]
     corpus = folder / "corpus.txt"
     corpus.write_text("".join(f"{place}{predicate}。\n" for place in places for predicate in predicates) * 20, "utf-8")
-    tokenizer = train_tokenizer([corpus], 38, folder / "tokenizer")
+    tokenizer = train_tokenizer([corpus], 39, folder / "tokenizer")
     write_model(folder / "weights", tokenizer.path)
     return folder / "weights"
 
@@ -81,7 +83,7 @@ def test_two_ranks_print_once_what_one_prints(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "北京", "--max-new-tokens", 24], "but the model's window has 24 positions. Set max_new_tokens to "),
+        (["--prompt", "北京", "--max-new-tokens", 24], "but the model's window has 24. Set max_new_tokens to "),
         (["--prompt", "北京", "--temperature", -1], "temperature = -1.0; expected 0 (greedy) or more."),
         (["--prompt", "北京" * 30], "Shorten the prompt."),
         (["--prompt", "北京", "--model", "nowhere"], "nowhere"),
@@ -101,7 +103,19 @@ def test_a_directory_without_a_tokenizer_is_refused(weights: Path, tmp_path: Pat
     assert code == 2 and MODEL_FILE in err
 
 
+@pytest.mark.parametrize(("device", "expected"), [("meta", torch.bfloat16), ("cpu", torch.float32)])
+def test_weights_keep_their_dtype_except_on_a_cpu(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: torch.dtype
+) -> None:
+    write_model(tmp_path / "weights", weights / MODEL_FILE, dtype=torch.bfloat16)
+    monkeypatch.setattr(accelerator, "device", lambda: torch.device(device))
+    model = TextGenerator.from_directory(tmp_path / "weights").model
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_processes_that_do_not_divide_the_heads_are_refused(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, _, err = run("--model", weights, "--prompt", "北京")
     assert code == 2 and "3 processes do not divide the 4 attention heads" in err

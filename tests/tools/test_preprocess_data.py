@@ -79,12 +79,15 @@ def test_signals(directory: Path, tmp_path: Path, number: signal.Signals) -> Non
     long.write_text((TEXT + "\n\n") * 1000)
     line = command(directory, tmp_path / "out", "--workers", "2", "--input", str(long))
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(children(process.pid)) == 2 or process.poll() is not None)
-    workers = children(process.pid)
-    assert len(workers) == 2
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
-    wait_for(lambda: not any(map(running, workers)))
+    try:
+        wait_for(lambda: len(children(process.pid)) == 2 or process.poll() is not None)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        wait_for(lambda: not any(map(running, workers)))
+    finally:
+        process.kill()
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
         assert sorted(os.listdir(tmp_path)) == ["long.txt", "out.bin.tmp"]

@@ -82,7 +82,7 @@ def test_a_row_depends_on_its_logits_and_generator_alone() -> None:
     assert len(set(together)) > 1
 
 
-@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-24, 1.0])  # the last stands for a sum that rounding made too small
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.6), Sampling(top_k=2)])
 def test_the_ends_of_a_draw_stay_inside_the_candidates(monkeypatch: pytest.MonkeyPatch, sampling: Sampling, draw: float) -> None:
     row = logits().repeat(1, 3000) / 2
@@ -92,6 +92,12 @@ def test_the_ends_of_a_draw_stay_inside_the_candidates(monkeypatch: pytest.Monke
     weights, ids = candidates(row, sampling)
     possible = ids[weights > 0].tolist()
     assert chosen == possible[0 if draw == 0 else -1]
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.25, 0.5, 0.75])
+def test_a_token_owns_the_draws_from_its_lower_end_on(monkeypatch: pytest.MonkeyPatch, draw: float) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, draw))
+    assert sample(torch.zeros(1, 4), Sampling(), generators([0])).tolist() == [int(draw * 4)]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1e30])

@@ -1,0 +1,204 @@
+"""`pangu.train` as users start it: alone, under torchrun, under deepspeed; interrupted; and given what it must refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_ext.sharding import ShardSpec
+from pangu.conversion.huggingface import WeightsDirectory, model_specs
+from pangu.data.indexed import IndexedDatasetWriter
+from pangu.train import main as train_program
+
+BIN = Path(sys.executable).parent
+PYTHON = [sys.executable, "-m", "pangu.train"]
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node"]
+TIMEOUT = 180
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny recipe over a data set of random documents."""
+    folder = tmp_path_factory.mktemp("recipe")
+    rng = np.random.default_rng(1)
+    with IndexedDatasetWriter(folder / "corpus", vocab_size=50, separator_id=9, tokenizer_sha256="0" * 64) as writer:
+        for length in rng.integers(5, 40, 200):
+            writer.add(np.append(rng.integers(10, 50, length - 1), 9).astype(np.uint16), np.array([length], np.int32))
+    values: dict[str, Any] = {
+        "model": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "vocab_size": 50, "max_positions": 16},
+        "train": {"micro_batch_size": 2, "global_batch_size": 8, "steps": 6, "eval_every": 3, "eval_batches": 2},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"name": "cosine", "warmup_steps": 2, "min_lr": 1e-5},
+        "data": {"train": str(folder / "corpus"), "validation_fraction": 0.1},
+        "run": {"dir": str(folder / "run"), "tensorboard": False},
+    }
+    values["model"] |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def launch(command: list[str], recipe: Path, run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    words = [*command, "--config", str(recipe), f"run.dir={run_dir}", *overrides]
+    return subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"})
+
+
+def figures(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(run_dir: Path, key: str) -> list[float]:
+    return [line[key] for line in figures(run_dir) if key in line]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    directory = WeightsDirectory(run_dir / "weights")
+
+    def read(spec: ShardSpec) -> torch.Tensor:
+        tensor = torch.empty(spec.shape)
+        directory.fill(tensor, spec, 0, 1)
+        return tensor
+
+    return {name: read(spec) for name, spec in model_specs(directory.config).items()}
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Path) -> Path:
+    """The run directory of one process."""
+    run_dir = recipe.parent / "alone"
+    result = launch(PYTHON, recipe, run_dir)
+    assert result.returncode == 0, result.stderr
+    assert "parameters: " in result.stdout
+    assert "layout: 1 processes" in result.stdout
+    return run_dir
+
+
+def test_one_process_writes_what_is_promised(alone: Path) -> None:
+    lines = [line for line in figures(alone) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    expected = {"step", "loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "step_seconds", "tokens_per_second"}
+    assert expected <= lines[-1].keys()
+    assert lines[-1]["consumed_samples"] == 48
+    assert lines[-1]["consumed_tokens"] == 48 * 16
+    assert len(values(alone, "validation_perplexity")) == 2
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "weights"} <= {path.name for path in alone.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ([*TORCHRUN, "4", "-m", "pangu.train"], ["parallel.tensor=2", "parallel.pipeline=2"]),
+        ([str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29713", "--module", "pangu.train"], ["parallel.zero_stage=2"]),
+        ([str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29714", "pangu/train.py"], ["parallel.zero_stage=3"]),
+    ],
+    ids=["torchrun", "deepspeed module", "deepspeed file"],
+)
+def test_launchers_give_the_numbers_of_one_process(
+    recipe: Path, alone: Path, command: list[str], overrides: list[str], tmp_path: Path
+) -> None:
+    result = launch(command, recipe, tmp_path / "run", *overrides)
+    assert result.returncode == 0, result.stderr
+    for key in ("loss", "validation_loss"):
+        assert np.abs(np.subtract(values(tmp_path / "run", key), values(alone, key))).max() < 5e-6
+    expected = weights(alone)
+    for name, tensor in weights(tmp_path / "run").items():
+        if not name.endswith("k_proj.bias"):  # its gradient is rounding noise, which Adam turns into whole steps
+            assert (tensor - expected[name]).abs().max() < 1e-4, name
+
+
+def test_interrupted_run_saves_and_goes_on_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
+    dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "train.steps=30", "train.eval_every=0", "parallel.tensor=2"]
+    command = [*TORCHRUN, "2", "-m", "pangu.train"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert launch(command, recipe, unbroken, *dropout).returncode == 0
+    process = subprocess.Popen(
+        [*command, "--config", str(recipe), f"run.dir={broken}", *dropout], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + TIMEOUT
+    while not ((broken / "metrics.jsonl").exists() and len((broken / "metrics.jsonl").read_text().splitlines()) > 5):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "SIGTERM: saved at step" in output
+    assert 5 < len(values(broken, "loss")) < 30
+    again = launch(command, recipe, broken, *dropout)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout
+    assert values(broken, "loss") == values(unbroken, "loss")
+    assert values(broken, "step") == list(range(1, 31))
+    expected = weights(unbroken)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(broken).items())
+
+
+def test_a_new_run_starts_from_weights(recipe: Path, alone: Path, tmp_path: Path) -> None:
+    standing_still = ["optimizer.lr=1e-12", "schedule.min_lr=0", "train.steps=1", "train.eval_every=1"]
+    result = launch(PYTHON, recipe, tmp_path / "run", f"checkpoint.init_from={alone / 'weights'}", *standing_still)
+    assert result.returncode == 0, result.stderr
+    assert values(tmp_path / "run", "validation_loss")[0] == values(alone, "validation_loss")[-1]
+    expected = weights(alone)
+    assert all(torch.allclose(tensor, expected[name], atol=1e-7) for name, tensor in weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.stepz=3"], "unknown key train.stepz"),
+        (["parallel.tensor=3"], "parallel.tensor = 3 does not divide"),
+        (["parallel.pipeline=2"], "1 processes cannot be arranged"),
+        (["parallel.pipeline=2", "parallel.zero_stage=2"], "does not work with parallel.pipeline"),
+        (["train.micro_batch_size=3"], "train.global_batch_size = 8 is not a multiple"),
+        (["data.train=missing"], "missing.idx"),
+        (["model.vocab_size=40"], "at most model.vocab_size = 40 expected"),
+        (["data.tokenizer=missing"], "missing"),
+        (["train.precision=fp16"], "CPU does not train in it"),
+        (["checkpoint.init_from=missing"], "missing"),
+        (["checkpoint.init_from=ALONE", "model.hidden_size=64"], "its hidden_size is 32, but model.hidden_size = 64"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line(
+    recipe: Path,
+    alone: Path,
+    overrides: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = [override.replace("ALONE", str(alone / "weights")) for override in overrides]
+    monkeypatch.setattr(sys, "argv", ["pangu.train", "--config", str(recipe), f"run.dir={tmp_path / 'run'}", *overrides])
+    with pytest.raises(SystemExit) as refusal:
+        train_program()
+    assert refusal.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_refusal_ends_a_launched_program_with_code_2(recipe: Path, tmp_path: Path) -> None:
+    result = launch(PYTHON, recipe, tmp_path / "run", "checkpoint.resume=missing")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: checkpoint.resume = missing: it has no readable manifest.json")
+
+
+def test_dry_run_of_the_200b_plan(recipe: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [*PYTHON, "--dry-run", "--config", str(root / "ds_configs/200B.yaml"), "--world-size", "2048"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "2048 processes = tensor 8 x pipeline 16 x data 16, ZeRO-1" in result.stdout
+    assert "206,861,008,896" in result.stdout
+    stages = [line.split() for line in result.stdout.splitlines() if line.split() and line.split()[0].isdigit()]
+    assert [stage[1] for stage in stages] == ["4"] * 16

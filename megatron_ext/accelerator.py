@@ -32,10 +32,10 @@ _PEAK_FLOPS = {
 
 
 def _accelerator() -> Any:  # DeepSpeed's accelerator classes carry no useful types
-    from deepspeed.accelerator import get_accelerator
-
-    logging.disable(logging.WARNING)  # the first call warns that there is no GPU, once a rank; our log names the device anyway
+    logging.disable(logging.WARNING)  # importing it warns that there is no GPU, once a rank; our log names the device anyway
     try:
+        from deepspeed.accelerator import get_accelerator
+
         return get_accelerator()
     finally:
         logging.disable(logging.NOTSET)

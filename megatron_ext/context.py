@@ -29,6 +29,8 @@ class ParallelContext:
     """Split the sequence over the tensor-parallel group between the parallel linear layers (arXiv 2205.05198, section 4.2.2)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where parameters are made. `meta` allocates nothing: shapes and counts only."""
+    dtype: torch.dtype = torch.float32
+    """Of the parameters. Training makes them in fp32 and leaves 16 bits to the engine."""
     fill: Fill | None = None
     """Where initial weights come from: drawn from a seed (`initialize.random_weights`) or read from files. None leaves them unset."""
     rng: RngStreams = field(default_factory=lambda: RngStreams(0, Coordinates(0, 0, 0)))

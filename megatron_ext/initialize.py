@@ -26,7 +26,7 @@ def make_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter:
     Values are written when the parameter is made, not later: under ZeRO-3 each module is sharded as soon as it is constructed.
     Also sets `model_parallel`, by which DeepSpeed's gradient norm knows that the ranks hold different slices and not copies.
     """
-    local = torch.empty(spec.local_shape(context.tensor.size), device=context.device)
+    local = torch.empty(spec.local_shape(context.tensor.size), dtype=context.dtype, device=context.device)
     if context.fill is not None and not local.is_meta:
         with torch.no_grad():
             context.fill(local, spec, context.tensor.rank, context.tensor.size)

@@ -1,4 +1,4 @@
-"""The walls of the architecture, read from the source: who imports whom, who talks to other ranks, who names a device, what is never loaded.
+"""The walls of the architecture, read from the source: who imports whom, who talks to other ranks or names a device, what is never loaded.
 
 Every wall is a function from a file's syntax tree to what it finds there; each is also shown a line that it must find.
 """

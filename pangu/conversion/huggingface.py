@@ -71,6 +71,13 @@ class WeightsDirectory:
                 first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise InputError(f"{self.path}: {what} {first}{more}; expected the {len(specs)} tensors that {CONFIG} describes.")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored tensors' dtype, as config.json names it (`torch_dtype` until transformers 5); fp32 where it names none."""
+        values = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        names = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        return names.get(values.get("dtype") or values.get("torch_dtype"), torch.float32)
+
     def _locate(self) -> dict[str, Path]:
         index = self.path / INDEX
         if not index.exists():
@@ -184,6 +191,7 @@ def write_weights(
         if pending:
             name = f"stage{stage:03d}-{len(files):05d}.safetensors"
             save_file(pending, partial / name, metadata={"format": "pt"})
+            os.chmod(partial / name, 0o644)  # safetensors makes files that only their owner can read
             _fsync(partial / name)
             files.append((name, {key: tensor.nbytes for key, tensor in pending.items()}))
             pending.clear()

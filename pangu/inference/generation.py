@@ -10,10 +10,8 @@ Shapes: B prompts, S columns computed at once, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +24,7 @@ from megatron_ext.collectives import broadcast, world_size
 from megatron_ext.context import ParallelContext
 from megatron_ext.random import derive_seed
 from megatron_ext.topology import SINGLE, Groups, Topology
-from pangu.conversion.huggingface import CONFIG, WeightsDirectory
+from pangu.conversion.huggingface import WeightsDirectory
 from pangu.errors import InputError
 from pangu.inference.kv_cache import make_caches
 from pangu.inference.sampling import Sampling, sample
@@ -93,9 +91,8 @@ class TextGenerator:
             accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
             group = Groups.create(Topology.from_world_size(world_size(), tensor=world_size(), pipeline=1)).tensor
         device = accelerator.device()
-        with _default_dtype(torch.float32 if device.type == "cpu" else _stored_dtype(weights.path)):
-            model = PanguModel(weights.config, ParallelContext(tensor=group, device=device, fill=weights.fill))
-        return cls(model, tokenizer)
+        dtype = torch.float32 if device.type == "cpu" else weights.dtype
+        return cls(PanguModel(weights.config, ParallelContext(tensor=group, device=device, dtype=dtype, fill=weights.fill)), tokenizer)
 
     def generate(
         self,
@@ -197,20 +194,3 @@ class TextGenerator:
                 "dtype. Check them with tools/inspect_checkpoint.py, or convert them to bfloat16 or float32."
             )
         return logits_BV
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make parameters of this dtype inside the block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _stored_dtype(directory: Path) -> torch.dtype:
-    values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    name = values.get("dtype") or values.get("torch_dtype")  # transformers' name until its version 5
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)

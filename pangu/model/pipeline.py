@@ -1,7 +1,7 @@
 """The same model as DeepSpeed pipeline stages.
 
-Between two layers goes (x, position ids): the residual stream and nothing else is needed, for the position ids say where documents begin, so
-no attention mask ever crosses a stage boundary. The word embedding is the one tied module: first and last stage each hold it.
+Between two layers goes (x, position ids). Nothing else is needed: the position ids say where documents begin, so no attention mask ever
+crosses a stage boundary. The word embedding is the one tied module: first and last stage each hold it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3), and what stands between them.
+"""Linear layers and embeddings split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3), and what joins them.
 
 Shapes: B micro-batch, S sequence, I input features, O output features, V vocabulary, H hidden, T tensor-parallel size.
 Under sequence parallelism (arXiv 2205.05198, section 4.2.2) the activations between the parallel layers hold S/T positions a rank; the

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,7 +90,8 @@ class WeightsDirectory:
         except (ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index}: not an index of safetensors files; expected an object with a weight_map.") from None
         for name, file in entries:
-            if not isinstance(file, str) or Path(file).name != file:  # never follow a path out of the directory
+            # Never follow a path out of the directory.
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise InputError(f"{index}: {name} points to {file!r}; expected the name of a file beside it.")
         return {name: self.path / file for name, file in entries}
 
@@ -103,11 +105,14 @@ class WeightsDirectory:
         """Read one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`); only the slice is read.
 
         Raises:
-            InputError: if the stored tensor has another shape than the model's.
+            InputError: if the tensor is not in its file, or has another shape than the model's.
         """
         path = self._files[spec.name]
         with self._open(path) as file:
-            stored = file.get_slice(spec.name)
+            try:
+                stored = file.get_slice(spec.name)
+            except SafetensorError:
+                raise InputError(f"{path}: lacks {spec.name}, which {INDEX} says it holds. Copy or convert the weights again.") from None
             if tuple(stored.get_shape()) != spec.shape:
                 raise InputError(f"{path}: {spec.name} has shape {stored.get_shape()}, expected {list(spec.shape)}.")
             if spec.split_dim is None:
@@ -132,13 +137,19 @@ def _read_config(path: Path) -> ModelConfig:
     if not isinstance(values, dict) or values.get("model_type") not in ("gpt_pangu", "pangu"):
         raise InputError(f'{path}: describes no PanGu model; expected "model_type": "gpt_pangu".')
     activation = values.get("activation_function")
-    if activation not in _GELU:
+    if not isinstance(activation, str) or activation not in _GELU:
         raise InputError(f"{path}: activation_function = {activation!r}; expected one of {', '.join(_GELU)}.")
     ours = {key: values[theirs] for theirs, key in _FIELDS.items() if values.get(theirs) is not None}
     try:
         return ModelConfig.model_validate({"gelu": _GELU[activation], **ours})
-    except ValueError as error:
-        raise InputError(f"{path}: {str(error).splitlines()[-2].strip() if 'validation error' in str(error) else error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+    if problem["type"] == "value_error":
+        raise InputError(f"{path}: {problem['ctx']['error']}")
+    key = next(theirs for theirs, key in _FIELDS.items() if key == problem["loc"][0])
+    if problem["type"] == "missing":
+        raise InputError(f"{path}: {key} is missing.")
+    raise InputError(f"{path}: {key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
 
 
 def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
     def commit() -> None:
         if world.rank == 0:
             files = {name: described for share in shares for name, described in share.items()}
-            manifest = {"format": 1, "progress": asdict(progress), "layout": _layout(config, engine), "files": files}
+            manifest = {"format": 1, "progress": asdict(progress), "identity": _identity(config, engine), "files": files}
             _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
             os.rename(partial, final)
             _fsync(root)
@@ -123,15 +123,15 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     """Continue from a checkpoint: weights, optimizer, loss scale, random streams and progress. Every rank must call this.
 
     Raises:
-        InputError: if it was made on another layout.
+        InputError: if it was made by another model or on another layout.
     """
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    found, ours = manifest["layout"], _layout(engine.config, engine)
-    if found != ours:
-        different = ", ".join(f"{key} {found.get(key)}, this run {ours[key]}" for key in ours if found.get(key) != ours[key])
+    found, ours = manifest["identity"], _identity(engine.config, engine)
+    different = [f"{key} was {found.get(key)} and is {ours[key]}" for key in ours if found.get(key) != ours[key]]
+    if different:
         raise InputError(
-            f"{path}: was made on another layout ({different}). Resume on the layout it was made on, or start a new run from the weights "
-            "of a finished one with checkpoint.init_from=RUN_DIR/weights."
+            f"{path}: cannot be resumed by this run: {', '.join(different)}. Set what it was, or start a new run in another run.dir, from the "
+            "weights of a finished one with checkpoint.init_from=RUN_DIR/weights if you like."
         )
     loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
@@ -159,15 +159,18 @@ def _problem_of(path: Path, world: Group) -> str | None:
     return None
 
 
-def _layout(config: Config, engine: TrainingEngine) -> dict[str, Any]:
-    topology = engine.groups.topology
+def _identity(config: Config, engine: TrainingEngine) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes from it must have in common."""
+    topology, model = engine.groups.topology, config.model
     return {
-        "tensor": topology.tensor,
-        "pipeline": topology.pipeline,
-        "data": topology.data,
-        "zero_stage": config.parallel.zero_stage,
-        "precision": config.train.precision,
-        "optimizer": config.optimizer.name,
+        "parallel.tensor": topology.tensor,
+        "parallel.pipeline": topology.pipeline,
+        "data-parallel size": topology.data,
+        "parallel.zero_stage": config.parallel.zero_stage,
+        "train.precision": config.train.precision,
+        "optimizer.name": config.optimizer.name,
+        **{f"model.{key}": getattr(model, key) for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")},
+        **{f"model.{key}": getattr(model, key) for key in ("vocab_size", "max_positions", "gelu", "final_norm")},
     }
 
 

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+import torch
 from rich.console import Console
 
 from megatron_ext import accelerator
-from megatron_ext.collectives import all_gather_objects, barrier, shutdown
+from megatron_ext.collectives import all_reduce_max, barrier, shutdown
 from megatron_ext.context import Fill
 from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
@@ -38,12 +39,12 @@ class StopRequest:
     """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps. A second signal acts at once."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.received = number
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -146,13 +147,13 @@ def _train(
                 perplexity = math.exp(min(loss, 700.0))
                 metrics.evaluation({"step": progress.step, "validation_loss": loss, "validation_perplexity": perplexity})
         # One rank may have been told to stop and another not yet: all go by what any of them knows.
-        stopped_by = next(filter(None, all_gather_objects(stop.received, groups.world)), None)
+        stopped_by = int(all_reduce_max(torch.tensor(stop.received), groups.world))
         due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
         if due or stopped_by or progress.step == train.steps:
             save_checkpoint(engine, progress)
             saved_step = progress.step
         if stopped_by and progress.step < train.steps:
-            return stopped_by
+            return signal.Signals(stopped_by).name
     return None
 
 

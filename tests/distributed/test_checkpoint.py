@@ -85,7 +85,7 @@ def test_damaged_checkpoints_are_passed_over_and_all_damaged_is_refused(tmp_path
 
 def test_another_layout_and_mixed_runs_are_refused(tmp_path: Path) -> None:
     run_distributed(train_and_save, 1, str(tmp_path), {}, [2], 2)
-    with pytest.raises(RankError, match=r"was made on another layout \(tensor 1, this run 2\)"):
+    with pytest.raises(RankError, match=r"parallel\.tensor was 1 and is 2"):
         run_distributed(train_and_save, 2, str(tmp_path), {"tensor": 2}, [], 3)
     with pytest.raises(InputError, match="checkpoints would mix"):
         find_checkpoint(small_config(checkpoint={"dir": str(tmp_path), "resume": "never"}), SINGLE)

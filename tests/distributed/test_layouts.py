@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def reference() -> list[tuple[float, float]]:
     """One process, no ZeRO, no recompute."""
     return run_distributed(train, 1, small_config(parallel={"zero_stage": 0}))[0]
+
+
+RECIPES = Path(__file__).parents[2] / "ds_configs"
+
+
+@pytest.mark.parametrize(("recipe", "zero_stage"), [("zero2-offload.json", 2), ("zero3-offload.json", 3)])
+def test_offload_follows_the_single_process_run(recipe: str, zero_stage: int, reference: list[tuple[float, float]]) -> None:
+    config = small_config(parallel={"zero_stage": zero_stage}).model_copy(update={"deepspeed": RECIPES / recipe})
+    for results in run_distributed(train, 2, config):
+        for (loss, norm), (expected_loss, expected_norm) in zip(results, reference, strict=True):
+            assert abs(loss - expected_loss) < LOSS_TOLERANCE
+            assert abs(norm - expected_norm) < NORM_TOLERANCE * expected_norm
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -95,7 +95,9 @@ def answer(model: Path, questions: Sequence[str]) -> list[str]:
     """What the trained weights say: the most likely continuation of each question, up to the document's end."""
     from pangu.inference.generation import TextGenerator  # not above: the stages before need no model
 
-    generations = TextGenerator.from_directory(model).generate([prompt(question) for question in questions], temperature=0)
+    generations = TextGenerator.from_directory(model).generate(
+        [prompt(question) for question in questions], max_new_tokens=40, temperature=0
+    )
     return [generation.text for generation in generations]
 
 

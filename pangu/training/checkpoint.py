@@ -130,8 +130,8 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     different = [f"{key} was {found.get(key)} and is {ours[key]}" for key in ours if found.get(key) != ours[key]]
     if different:
         raise InputError(
-            f"{path}: cannot be resumed by this run: {', '.join(different)}. Set what it was, or start a new run in another run.dir, from the "
-            "weights of a finished one with checkpoint.init_from=RUN_DIR/weights if you like."
+            f"{path}: cannot be resumed by this run: {', '.join(different)}. Set what it was, or start a new run in another run.dir, "
+            "from the weights of a finished one with checkpoint.init_from=RUN_DIR/weights if you like."
         )
     loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:

@@ -208,7 +208,7 @@ def test_every_layout_writes_what_it_has_learned(layout: str, exported: Path) ->
         assert not torch.equal(found[name], before[name]), name
         if found[name].dtype == torch.float32:  # in bf16, rounding turns the sign of small gradients and with it Adam's first step
             error = (found[name] - tensor).abs()
-            assert error.mean() < 1e-6 and error.max() < 1e-3, name
+            assert error.mean() < 1e-5 and error.max() < 1e-3, name
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------------------------

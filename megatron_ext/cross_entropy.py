@@ -1,6 +1,6 @@
 """Cross-entropy over a vocabulary that is split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3).
 
-Each rank sees only its own V/T logits; three small all-reduces replace gathering B × S × V of them.
+Each rank sees only its own V/T logits; two small all-reduces replace gathering B × S × V of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where a rank sits in the grid of pipeline, data and tensor parallelism, and the process groups along each axis.
 
 The tensor axis varies fastest, the pipeline axis slowest: `rank = (pipe * data_size + data) * tensor_size + tensor`. Tensor-parallel
-neighbours therefore share a server, as the paper places them (arXiv 2104.12369, section 4.2), and DeepSpeed's
-`PipeModelDataParallelTopology` numbers ranks the same way.
+neighbours therefore share a server, as in the paper (arXiv 2104.12369, section 4.2). Of the other two axes the data-parallel one is nearer,
+where the paper has the pipeline: it is how DeepSpeed's `PipeModelDataParallelTopology`, which the engine uses, numbers ranks.
 """
 
 from __future__ import annotations

@@ -161,6 +161,16 @@ def test_every_link_leads_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors, f"{page}: {target}"
 
 
+def test_the_errors_that_are_explained_are_in_the_code() -> None:
+    sources = [path.read_text(encoding="utf-8") for folder in ("pangu", "megatron_ext") for path in (ROOT / folder).rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # a message over several lines is one
+    explained = re.findall(r"^\| `([^`]+)` \|", text("docs/troubleshooting.md"), re.MULTILINE)
+    assert len(explained) > 8
+    for message in explained:
+        longest = max(re.split(r"[^a-z ]+", message), key=len).strip()
+        assert longest in code, message
+
+
 def test_the_table_of_keys_is_that_of_the_code() -> None:
     import config_reference
 
@@ -222,3 +232,10 @@ def test_the_table_of_sizes_is_that_of_the_recipes(page: str, heading: str) -> N
             world_size *= size
         topology = validate_layout(load_config(recipe.strip("`")), world_size)
         assert [size for size in (topology.tensor, topology.pipeline, topology.data) if size > 1] == sizes
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_example_of_the_demo_counts_its_questions(page: str) -> None:
+    from make_quickstart_corpus import questions
+
+    assert f" of {sum(1 for _ in questions())} questions, " in text(page)

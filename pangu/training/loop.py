@@ -36,7 +36,10 @@ COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps. A second signal acts at once."""
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps.
+
+    The same signal a second time acts at once; the other one does not, for launchers pass on an interrupt and then terminate.
+    """
 
     def __init__(self) -> None:
         self.received = 0

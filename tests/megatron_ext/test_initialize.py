@@ -137,6 +137,8 @@ def test_another_dtype_is_the_rounded_fp32_value(dtype: torch.dtype) -> None:
     spec = ShardSpec("w", (50, 8), NORMAL, split_dim=0, padded=True)
     for rank in range(4):
         assert torch.equal(draw(spec, rank, 4, dtype=dtype), draw(spec, rank, 4).to(dtype))
+    context = ParallelContext(tensor=Group((0, 1, 2, 3), 3), dtype=dtype, fill=random_weights(7))
+    assert torch.equal(make_parameter(spec, context), draw(spec, 3, 4, dtype=dtype))
 
 
 def test_a_parameter_carries_its_spec_and_whether_ranks_hold_different_slices() -> None:

@@ -49,7 +49,7 @@ class Case:
 
     def __init__(self, group: Group, sequence_parallel: bool) -> None:
         self.group = group
-        self.context = ParallelContext(tensor=group, sequence_parallel=sequence_parallel, fill=fill)
+        self.context = ParallelContext(tensor=group, sequence_parallel=sequence_parallel, dtype=torch.float64, fill=fill)
         self.dense: dict[str, Tensor] = {}
 
     def parameter(self, name: str, *shape: int) -> Tensor:
@@ -183,7 +183,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 
 
 def check_everything() -> list[str]:
-    torch.set_default_dtype(torch.float64)
     done = []
     for group in tensor_groups():
         for sequence_parallel in (False, True):

@@ -98,6 +98,24 @@ def test_values_are_cast_to_the_slices_type(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "weights" / CONFIG).read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("named", "dtype"),
+    [
+        ({"dtype": "float16"}, torch.float16),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": None}, torch.float32),
+        ({"dtype": "float64"}, torch.float32),
+    ],
+)
+def test_the_dtype_is_the_one_that_is_named(named: dict[str, Any], dtype: torch.dtype, directory: Path) -> None:
+    edit_json(directory / CONFIG, lambda values: values.update(named))
+    assert WeightsDirectory(directory).dtype == dtype
+
+
+def test_others_may_read_the_files(directory: Path) -> None:
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in directory.iterdir())
+
+
 @pytest.mark.parametrize("sizes", [{}, {"gelu": "erf"}, {"gelu": "sigmoid", "final_norm": "after_query"}, {"ffn_hidden_size": 48}])
 def test_the_model_is_described_in_huggingfaces_words(sizes: dict[str, Any], tmp_path: Path) -> None:
     config = small_config(**sizes)
@@ -192,8 +210,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_layout_writes_the_initial_bits(layout: str, exported: Path) -> None:
     dtype = torch.bfloat16 if "bf16" in layout else torch.float32
     expected = {name: tensor.to(dtype) for name, tensor in weights_of(small_run().model).items()}
-    assert_same(stored(exported / layout / "initial"), expected)
-    WeightsDirectory(exported / layout / "initial")
+    path = exported / layout / "initial"
+    assert_same(stored(path), expected)
+    # No tensor is there twice, the tied one of a pipeline's last stage included.
+    names = []
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names += opened.keys()
+    assert sorted(names) == sorted(expected)
+    assert WeightsDirectory(path).dtype == dtype
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one process"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_cosine_schedule_reaches_the_peak_and_starts_its_cosine_there() -> None:
     assert rates[12] == pytest.approx((1e-2 + 1e-4) / 2)  # half way from step 4 to 20
     assert rates[8] == pytest.approx(1e-4 + 0.99e-2 * (1 + math.sqrt(0.5)) / 2)
     assert rates[20:] == [pytest.approx(1e-4)] * 5
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[4:]))
 
 
 @pytest.mark.parametrize("name", ["original", "cosine"])

@@ -1,0 +1,89 @@
+"""Conversion of weights from any format into any other, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from pangu.conversion.formats import FORMATS
+from pangu.conversion.weights import LazyTensor, Weights, WriteOptions
+from pangu.errors import InputError
+
+
+def convert(
+    weights: Weights, to: str, output: Path, options: WriteOptions, *, force: bool = False, advance: Callable[[int], None] | None = None
+) -> None:
+    """Write weights in another format.
+
+    Args:
+        weights: as opened.
+        to: a key of `FORMATS` that can be written.
+        output: file or directory, as the format has it. It appears when it is complete and on disk.
+        options: for the writer.
+        force: replace an output that exists.
+        advance: called with the bytes of each tensor as it is read.
+
+    Raises:
+        InputError: if the format is only read, the output exists, or it cannot be written; nothing is left behind.
+    """
+    write = FORMATS[to].write
+    if write is None:
+        writable = ", ".join(name for name, candidate in FORMATS.items() if candidate.write)
+        raise InputError(f"--to {to}: this format is only read. Choose one of {writable}.")
+    if output.exists() and not force:
+        raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
+    partial, replaced = output.with_name(output.name + ".partial"), output.with_name(output.name + ".replaced")
+    if advance is not None:
+        weights = replace(weights, tensors={name: _counted(tensor, advance) for name, tensor in weights.tensors.items()})
+    _remove(partial)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(weights, partial, options)
+        _sync(partial)
+        if output.exists():
+            _remove(replaced)
+            os.rename(output, replaced)
+        os.rename(partial, output)
+        _sync_one(output.parent)
+        _remove(replaced)
+    except OSError as error:
+        hint = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written"
+        raise InputError(f"{output}: cannot be written ({error.strerror or error}). {hint}; nothing was left behind.") from None
+    finally:
+        _remove(partial)
+
+
+def _counted(tensor: LazyTensor, advance: Callable[[int], None]) -> LazyTensor:
+    def read() -> Tensor:
+        value = tensor.read()
+        advance(value.nbytes)
+        return value
+
+    return replace(tensor, read=read, read_part=None)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    for entry in sorted(path.rglob("*")) if path.is_dir() else []:
+        _sync_one(entry)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

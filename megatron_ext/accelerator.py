@@ -101,9 +101,9 @@ def initialize(timeout_seconds: float) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = _accelerator()
     import deepspeed
 
-    accelerator = _accelerator()
     if name() == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls: a minute, and a compiler, for nothing.
         from deepspeed.ops import __compatible_ops__

@@ -152,7 +152,7 @@ def demo(directory: Path) -> float:
     with stage("Ask the trained weights"):
         asked = [json.loads(line) for line in (corpus.parent / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
         share = report(asked, answer(directory / "weights", [item["question"] for item in asked]))
-    print(f"\nTo ask it yourself:\n$ {python()} -m pangu.generate --model {directory}/weights --prompt {prompt(SHOWN[0])}")
+    print(f"\nTo ask it yourself:\n$ {python()} -m pangu.generate --model {directory}/weights --prompt {prompt(SHOWN[0])} --temperature 0")
     return share
 
 
@@ -162,7 +162,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=ROOT / DIRECTORY, help=f"where all files go (default: {DIRECTORY})")
     arguments = parser.parse_args()
-    directory = Path(os.path.relpath(arguments.dir, ROOT))
+    directory = arguments.dir.resolve()
+    directory = directory.relative_to(ROOT) if directory.is_relative_to(ROOT) else directory
     os.chdir(ROOT)
     start = time.perf_counter()
     try:

@@ -52,6 +52,20 @@ DIFFERENTIABLE: dict[str, tuple[Formula, Formula, bool]] = {
 }
 
 
+def demand_contiguous_tensors() -> None:
+    """As NCCL and HCCL do; gloo takes any."""
+
+    def strict(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*tensors: Any, **arguments: Any) -> Any:
+            assert all(tensor.is_contiguous() for tensor in tensors if isinstance(tensor, Tensor))
+            return original(*tensors, **arguments)
+
+        return call
+
+    for module, name in ((collectives.dist, "all_reduce"), (collectives, "_all_gather_into"), (collectives, "_reduce_scatter_into")):
+        setattr(module, name, strict(getattr(module, name)))
+
+
 def check_formulas(group: Group) -> int:
     checked = 0
     for name, (forward, backward, has_dim) in DIFFERENTIABLE.items():
@@ -117,6 +131,7 @@ def all_checks() -> tuple[int, int, int]:
     """Two tensor-parallel pairs side by side, so that a rank in its group is not its rank in the world."""
     accelerator.initialize(60)
     groups = Groups.create(Topology(tensor=T, pipeline=1, data=2))
+    demand_contiguous_tensors()
     checked = check_formulas(groups.tensor)
     check_jacobians(groups.tensor)
     check_plain(groups.tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -19,11 +19,11 @@ def test_the_heaviest_part_is_as_light_as_any_cut_allows(seed: int) -> None:
     parts = int(rng.integers(1, len(costs) + 1))
 
     def heaviest(bounds: tuple[int, ...]) -> int:
-        return max(sum(costs[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False))
+        return max(sum(costs[begin:end]) for begin, end in pairwise(bounds))
 
     best = min(heaviest((0, *cuts, len(costs))) for cuts in combinations(range(1, len(costs)), parts - 1))
     bounds = balance(costs, parts)
-    assert len(bounds) == parts + 1 and all(begin < end for begin, end in zip(bounds, bounds[1:], strict=False))
+    assert len(bounds) == parts + 1 and all(begin < end for begin, end in pairwise(bounds))
     assert heaviest(tuple(bounds)) == best
 
 
@@ -36,10 +36,10 @@ def test_the_200b_plan_has_four_layers_a_stage() -> None:
 def test_a_large_vocabulary_counts_like_layers() -> None:
     config = ModelConfig(num_layers=8, hidden_size=64, num_heads=4, vocab_size=12 * 64 * 3)  # the table weighs three blocks
     bounds = stage_bounds(config, 4)
-    stages = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    stages = [end - begin for begin, end in pairwise(bounds)]
     assert stages[0] < stages[1] and stages[-1] < stages[-2] + 2
     costs = layer_costs(config)
-    assert max(sum(costs[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False)) < 1.35 * sum(costs) / 4
+    assert max(sum(costs[begin:end]) for begin, end in pairwise(bounds)) < 1.35 * sum(costs) / 4
 
 
 def test_costs_are_the_layers_parameters() -> None:

@@ -1,0 +1,101 @@
+"""Weights as a directory of one .npy a tensor, under the names and in the layout of the original MindSpore checkpoint.
+
+backbone.blocks.0.attention.dense1.weight.npy
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pangu.conversion.mindspore import assemble, file_names, stored_layout, tokenizer_beside
+from pangu.conversion.mindspore_file import StoredTensor, blocks
+from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions
+from pangu.errors import InputError
+
+_NAMES = {torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8"}
+_DTYPES = {np.dtype(name): dtype for dtype, name in _NAMES.items()}
+# More than numpy lets a header of such arrays have.
+_HEADER_BYTES = 1 << 16
+
+
+def detect(path: Path) -> bool:
+    """Whether a directory holds a word embedding in a file of its own."""
+    return path.is_dir() and any(path.glob("*embedding_table.npy"))
+
+
+def read(path: Path, overrides: Overrides) -> Weights:
+    """Weights of a directory.
+
+    Raises:
+        InputError: naming the file that is missing, damaged or of an unexpected shape.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: is no directory of .npy files.")
+    files = {file.name.removesuffix(".npy"): file for file in sorted(path.glob("*.npy"))}
+    return assemble(
+        path,
+        files,
+        lambda name: open_array(files[name]),
+        overrides,
+        form="directory of .npy files",
+        tokenizer=tokenizer_beside(path),
+    )
+
+
+def write(weights: Weights, output: Path, options: WriteOptions) -> None:
+    """A directory of .npy files, and the tokenizer's `vocab.model` if there is one.
+
+    Raises:
+        InputError: if a tensor is bfloat16, which .npy files have no word for.
+    """
+    output.mkdir(parents=True)
+    for canonical, name in file_names(weights.config).items():
+        tensor = stored_layout(canonical, weights.tensors[canonical])
+        dtype = options.dtype or tensor.dtype
+        if dtype not in _NAMES:
+            raise InputError(f"{output}: .npy files cannot hold bfloat16. Give --dtype fp32, which loses nothing, or fp16.")
+        with open(output / f"{name}.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": _NAMES[dtype], "fortran_order": False, "shape": tensor.shape})
+            for block in blocks(tensor.read(), dtype):
+                file.write(block)
+    if weights.tokenizer is not None:
+        shutil.copyfile(weights.tokenizer, output / "vocab.model")
+
+
+def open_array(path: Path) -> LazyTensor:
+    """The array of a .npy, to be read when it is asked for.
+
+    Raises:
+        InputError: if it is no whole .npy of floating point. Nothing in it is ever unpickled.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = io.BytesIO(file.read(_HEADER_BYTES))
+            size = file.seek(0, 2)
+            version = np.lib.format.read_magic(head)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, transposed, dtype = header(head)
+            begin = head.tell()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    except Exception as error:  # a damaged header reaches numpy's literal parser, which raises whatever it meets
+        raise InputError(f"{path}: is no .npy file ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from None
+    if dtype not in _DTYPES:
+        raise InputError(f"{path}: is of type {dtype}, expected little-endian float16, float32 or float64.")
+    expected = math.prod(shape) * dtype.itemsize
+    if min(shape, default=1) < 0 or size - begin != expected:
+        raise InputError(f"{path}: holds {size - begin:,} bytes of data, {dtype} {list(shape)} needs {expected:,}. Copy it again.")
+    name = path.name.removesuffix(".npy")
+    torch_dtype = _DTYPES[dtype]
+    stored = StoredTensor(tuple(shape[::-1] if transposed else shape), str(dtype), torch_dtype, ((begin, expected),)).lazy(path, name)
+    if not transposed or len(shape) < 2:
+        return stored
+    if len(shape) > 2:
+        raise InputError(f"{path}: has shape {list(shape)}; no weight has.")
+    return LazyTensor(tuple(shape), torch_dtype, lambda: stored.read().T)

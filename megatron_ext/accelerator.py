@@ -19,11 +19,14 @@ from torch import Tensor
 CONTROL_BACKEND = "gloo"
 """The backend of votes and small Python objects on every device: it needs only host memory."""
 
-# Dense half-precision peak of one device in FLOP/s, by a part of its name. Vendor data sheets: NVIDIA V100, A100, H100 SXM, H200;
-# Ascend 910 from Huawei's announcement (256 TFLOPS FP16). A device that is not listed has an unknown peak: no utilisation is reported.
+# Dense half-precision peak of one device in FLOP/s, by a part of its name; the first that fits counts. From the vendors' data sheets
+# (NVIDIA V100, A100, H100, H200) and Huawei's announcement of the Ascend 910 (256 TFLOPS FP16). A device that is not listed has an
+# unknown peak: no utilisation is reported.
 _PEAK_FLOPS = {
     "V100": 125e12,
     "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "Ascend910A": 256e12,

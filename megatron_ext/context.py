@@ -33,7 +33,7 @@ class ParallelContext:
     """Of the parameters. Training makes them in fp32 and leaves 16 bits to the engine."""
     fill: Fill | None = None
     """Where initial weights come from: drawn from a seed (`initialize.random_weights`) or read from files. None leaves them unset."""
-    rng: RngStreams = field(default_factory=lambda: RngStreams(0, Coordinates(0, 0, 0)))
+    rng: RngStreams = field(default_factory=lambda: RngStreams(None, Coordinates(0, 0, 0)))
     """The streams that drive dropout."""
 
     @property

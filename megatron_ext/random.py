@@ -21,18 +21,21 @@ from megatron_ext.topology import Coordinates
 
 def derive_seed(*words: int) -> int:
     """A 63-bit seed that depends on every word and collides with no simple sum of them."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
+    return int(np.random.SeedSequence((*words, len(words))).generate_state(1, np.uint64)[0]) >> 1
 
 
 class RngStreams:
     """The default stream and the tensor-parallel stream of one rank.
 
     Args:
-        seed: the run's seed.
+        seed: the run's seed. None seeds nothing: both streams start where the default generator stands, for models that drop nothing.
         place: this rank's coordinates.
     """
 
-    def __init__(self, seed: int, place: Coordinates) -> None:
+    def __init__(self, seed: int | None, place: Coordinates) -> None:
+        if seed is None:
+            self._tensor_parallel_state = accelerator.get_rng_state()
+            return
         torch.manual_seed(derive_seed(seed, place.pipe, place.data, 0, place.tensor))
         self._tensor_parallel_state = accelerator.get_rng_state()
         torch.manual_seed(derive_seed(seed, place.pipe, place.data, 1))

@@ -8,6 +8,7 @@ where the paper has the pipeline: it is how DeepSpeed's `PipeModelDataParallelTo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -143,8 +144,12 @@ class Groups:
         )
 
     @classmethod
-    def create(cls, topology: Topology) -> Groups:
+    def create(cls, topology: Topology, timeout_seconds: float = 1800.0) -> Groups:
         """Create the process groups. Every rank must call this, after torch.distributed has been initialised.
+
+        Args:
+            topology: of the world that runs.
+            timeout_seconds: after so long a collective that some rank has not joined fails. New groups do not inherit the world's.
 
         Raises:
             LayoutError: if the number of running processes is not the topology's.
@@ -155,18 +160,18 @@ class Groups:
 
         if dist.get_world_size() != topology.world_size:
             raise LayoutError(f"{dist.get_world_size()} processes run, but the layout {topology} is for {topology.world_size}.")
-        rank = dist.get_rank()
+        rank, timeout = dist.get_rank(), timedelta(seconds=timeout_seconds)
 
         def create_axis(groups: list[tuple[int, ...]]) -> Group:
             found: Group | None = None
             for ranks in groups:  # every rank takes part in the creation of every group, in the same order
-                handle = dist.new_group(list(ranks)) if topology.world_size > 1 else None
+                handle = dist.new_group(list(ranks), timeout=timeout) if topology.world_size > 1 else None
                 if rank in ranks:
                     found = Group(ranks, ranks.index(rank), handle)
             assert found is not None
             return found
 
-        everyone = dist.new_group(backend=CONTROL_BACKEND) if topology.world_size > 1 else None
+        everyone = dist.new_group(backend=CONTROL_BACKEND, timeout=timeout) if topology.world_size > 1 else None
         return cls(
             topology,
             topology.coordinates(rank),

@@ -141,6 +141,15 @@ class OptimizerConfig(Section):
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest global norm of the gradient; 0 = off."""
 
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.name == "pangu_adam" and max(self.betas) > 0.9999:
+            raise ValueError(
+                f"optimizer.betas = {list(self.betas)}: pangu_adam has no bias correction and takes at most 0.9999. "
+                "Lower them, or set optimizer.name=adamw."
+            )
+        return self
+
 
 class ScheduleConfig(Section):
     """Learning rate over the steps: linear warm-up, then cosine decay to `min_lr`."""
@@ -188,7 +197,7 @@ class CheckpointConfig(Section):
     resume: str = "auto"
     """`auto`: from the newest checkpoint if there is one; `never`; or the path of a checkpoint."""
     init_from: Path | None = None
-    """Weights directory a new run starts from; null = fresh weights."""
+    """Weights a new run starts from, in any format that tools/convert_checkpoint.py reads; null = fresh weights."""
 
 
 class RunConfig(Section):

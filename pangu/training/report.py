@@ -42,8 +42,7 @@ def stage_reports(config: Config, topology: Topology) -> list[StageReport]:
         else:
             bounds = stage_bounds(config.model, topology.pipeline)
             specs = pipeline_layers(config.model, context, RunOptions())[bounds[stage] : bounds[stage + 1]]
-            # A tied module that a stage uses twice is built once.
-            modules = [spec.build() for spec in {getattr(spec, "key", id(spec)): spec for spec in specs}.values()]
+            modules = [spec.build() for spec in specs]
         layers = sum(isinstance(module, Block) for root in modules for module in root.modules())
         parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
         memory = estimate_memory(config, topology, settings, stage=stage, num_layers=layers, num_parameters=parameters)

@@ -55,6 +55,8 @@ def main() -> None:
     if weights.left_out:
         shown = ", ".join(weights.left_out[:3]) + (", ..." if len(weights.left_out) > 3 else "")
         print(f"left out, not being weights: {len(weights.left_out)} ({shown})")
+    if arguments.to in ("mindspore", "npy", "megatron") and model.gelu != "tanh":
+        print(f"note: {arguments.to} cannot say which GELU the model has; give --gelu {model.gelu} whenever the output is read")
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in weights.tensors.values())
     began = time.perf_counter()
     with Progress(TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), transient=True) as progress:

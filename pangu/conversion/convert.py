@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pangu.conversion.formats import FORMATS
@@ -39,8 +40,8 @@ def convert(
     if output.exists() and not force:
         raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
     partial, replaced = output.with_name(output.name + ".partial"), output.with_name(output.name + ".replaced")
-    if advance is not None:
-        weights = replace(weights, tensors={name: _counted(tensor, advance) for name, tensor in weights.tensors.items()})
+    tensors = {name: _watched(name, tensor, options, advance or (lambda read: None)) for name, tensor in weights.tensors.items()}
+    weights = replace(weights, tensors=tensors)
     _remove(partial)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +60,16 @@ def convert(
         _remove(partial)
 
 
-def _counted(tensor: LazyTensor, advance: Callable[[int], None]) -> LazyTensor:
+def _watched(name: str, tensor: LazyTensor, options: WriteOptions, advance: Callable[[int], None]) -> LazyTensor:
+    """The tensor, counting what is read of it and refusing values that the new dtype would turn into infinity."""
+
     def read() -> Tensor:
         value = tensor.read()
         advance(value.nbytes)
+        if options.dtype == torch.float16 and value.dtype != torch.float16 and value.numel():
+            highest = max(abs(float(bound)) for bound in value.aminmax())
+            if highest > torch.finfo(torch.float16).max:
+                raise InputError(f"{name}: holds {highest:.4g}, more than fp16 can. Give --dtype bf16 or fp32, or leave it out.")
         return value
 
     return replace(tensor, read=read, read_part=None)

@@ -1,0 +1,42 @@
+"""A full tensor from the slices that tensor-parallel ranks have saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pangu.conversion.weights import LazyTensor
+
+
+def merged(pieces: Sequence[LazyTensor], split_dim: int | None, shape: tuple[int, ...]) -> LazyTensor:
+    """The full tensor, as `ShardSpec.merge` would put it together, with one slice mapped at a time.
+
+    Args:
+        pieces: in rank order, all of one shape and dtype. Of a replicated tensor the first is read.
+        split_dim: the dimension they are cut along.
+        shape: of the full tensor; where the slices make more, the rest is padding and dropped.
+    """
+
+    def part(dim: int, begin: int, end: int) -> Tensor:
+        if split_dim is None or len(pieces) == 1:
+            whole = pieces[0].read()
+            if split_dim is not None:
+                whole = whole.narrow(split_dim, 0, shape[split_dim])
+            return whole.narrow(dim, begin, end - begin)
+        extents = list(shape)
+        extents[dim] = end - begin
+        result = torch.empty(extents, dtype=pieces[0].dtype)
+        low, high = (begin, end) if dim == split_dim else (0, shape[split_dim])
+        width = pieces[0].shape[split_dim]
+        for number, piece in enumerate(pieces):
+            first, last = max(low, number * width), min(high, (number + 1) * width)
+            if first < last:
+                values = piece.read().narrow(split_dim, first - number * width, last - first)
+                if dim != split_dim:
+                    values = values.narrow(dim, begin, end - begin)
+                result.narrow(split_dim, first - low, last - first).copy_(values)
+        return result
+
+    return LazyTensor(shape, pieces[0].dtype, lambda: part(0, 0, shape[0]), part)

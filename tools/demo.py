@@ -81,14 +81,19 @@ def fresh(directory: Path) -> None:
     """Make the directory empty, and mark it as the demo's.
 
     Raises:
-        InputError: if it holds files that no demo made.
+        InputError: if it holds files that no demo made, or cannot be made.
     """
-    if directory.exists() and any(directory.iterdir()):
-        if not (directory / MARKER).exists():
-            raise InputError(f"--dir {directory}: it holds files that the demo did not make. Name a new directory, or remove it yourself.")
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MARKER).touch()
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            if not (directory / MARKER).exists():
+                raise InputError(
+                    f"--dir {directory}: it holds files that the demo did not make. Name a new directory, or remove it yourself."
+                )
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MARKER).touch()
+    except OSError as error:
+        raise InputError(f"--dir {directory}: cannot be made afresh ({error.strerror}). Name a directory you may write to.") from error
 
 
 def answer(model: Path, questions: Sequence[str]) -> list[str]:

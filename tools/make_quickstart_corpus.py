@@ -21,7 +21,8 @@ from quickstart_facts import KINDS, prompt
 
 from pangu.errors import InputError, exit_code
 
-# How often every fact is told in one wording or another. Wordings and neighbours change from round to round.
+# How often a fact is told in one wording or another; a multiple of it for a hard one. Wordings and neighbours
+# change from round to round.
 ROUNDS = 12
 
 
@@ -40,8 +41,8 @@ def documents(seed: int) -> list[str]:
     """
     rng = random.Random(seed)
     texts: list[str] = []
-    for _ in range(ROUNDS):
-        for kind in KINDS:
+    for kind in KINDS:
+        for _ in range(ROUNDS * kind.times):
             for row in kind.rows:
                 for question in (kind.questions[0], rng.choice(kind.questions)):
                     texts.append(prompt(kind.tell(question, row)) + kind.tell(kind.answer, row))

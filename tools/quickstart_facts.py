@@ -20,6 +20,7 @@ class Kind:
         questions: at least one; the first is asked by the demo.
         answer: to every one of the questions.
         statements: the fact told without asking; may be empty.
+        times: how often a fact is told while others are told once; more for what is hard to remember.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Kind:
     questions: tuple[str, ...]
     answer: str
     statements: tuple[str, ...] = ()
+    times: int = 1
 
     def tell(self, sentence: str, row: tuple[str, ...]) -> str:
         """One of the sentences about one of the rows."""
@@ -160,14 +162,15 @@ KINDS = (
         ("{a}加{b}等于几？", "{a}加{b}是多少？"),
         "{sum}。",
         ("{a}加{b}等于{sum}。",),
+        times=2,
     ),
     Kind(
         "opposite of a word",
         ("word", "opposite"),
         OPPOSITES,
-        ("“{word}”的反义词是什么？", "什么词和“{word}”的意思相反？"),
-        "“{opposite}”。",
-        ("“{word}”的反义词是“{opposite}”。", "“{word}”和“{opposite}”是一对反义词。"),
+        ("{word}的反义词是什么？", "什么词与{word}相反？"),
+        "{opposite}。",
+        ("{word}的反义词是{opposite}。", "{word}和{opposite}是一对反义词。"),
     ),
     Kind(
         "author of a poem",

@@ -171,6 +171,7 @@ def _identity(config: Config, engine: TrainingEngine) -> dict[str, Any]:
         "optimizer.name": config.optimizer.name,
         **{f"model.{key}": getattr(model, key) for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")},
         **{f"model.{key}": getattr(model, key) for key in ("vocab_size", "max_positions", "gelu", "final_norm")},
+        **{f"model.{key}": getattr(model, key) for key in ("separator_id", "pad_id")},
     }
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pangu.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a weights directory with its vocab.model")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="weights of any format with their vocab.model beside them")
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help='may be repeated; "" begins a document')
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 100, or what the prompt leaves of the model's window")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 = greedy: always the likeliest token (default: 1)")

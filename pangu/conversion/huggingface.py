@@ -1,169 +1,406 @@
 """Canonical weights: a directory in HuggingFace's form that training writes and that training, generation and conversion read.
 
-`config.json`, `model-0000i-of-0000n.safetensors`, `model.safetensors.index.json` and the tokenizer's `vocab.model`. Names are the
+`config.json`, `model-0000i-of-0000n.safetensors`, `model.safetensors.index.json`, the tokenizer's `vocab.model`, and the code with which
+transformers 5 loads it (`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`, also `AutoTokenizer`). Names are the
 community's (`transformer.h.{i}.attn.q_proj.weight` …, the query layer being the last `h`); the output layer is tied and not stored.
+
+Copies of PanGu-α that others have published are read too: `pytorch_model.bin`, `attn.out_proj`, a stored copy of the output layer, masks
+kept as buffers, a vocabulary padded by the tool that the copy came from.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ext.collectives import all_gather, all_gather_objects, barrier
-from megatron_ext.context import ParallelContext
-from megatron_ext.sharding import ShardSpec, canonical_parameters
+from megatron_ext.sharding import ShardSpec
 from megatron_ext.topology import Groups
 from pangu.config import ModelConfig
+from pangu.conversion import torch_file
+from pangu.conversion.torch_file import StoredTensor
+from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
-from pangu.model.model import PanguModel
+from pangu.tokenizer import EOT, MASK, PAD, SEP, UNK
 
-CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "vocab.model"
+CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"
+BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+REMOTE_CODE = Path(__file__).parent / "remote_code"
+"""What transformers loads a directory with. It travels with the weights, so it imports nothing of this project."""
 SHARD_BYTES = 2 * 2**30
-"""A file holds about so much; so much is what the writer of a pipeline stage holds in host memory."""
+"""A file holds at most so much, or one tensor. Training, which gathers as it writes, holds a file in host memory; conversion a tensor."""
 
-# Our name of each field of config.json that means the same.
+# Our name of each field of config.json that means the same, and the least number it can be.
 _FIELDS = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_positions",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_layers",
-    "num_heads": "num_heads",
-    "intermediate_size": "ffn_hidden_size",
-    "final_norm": "final_norm",
-    "eos_token_id": "separator_id",
-    "pad_token_id": "pad_id",
+    "vocab_size": ("vocab_size", 1),
+    "max_position_embeddings": ("max_positions", 1),
+    "hidden_size": ("hidden_size", 1),
+    "num_layers": ("num_layers", 1),
+    "num_heads": ("num_heads", 1),
+    "intermediate_size": ("ffn_hidden_size", 1),
+    "eos_token_id": ("separator_id", 0),
+    "pad_token_id": ("pad_id", 0),
 }
-_GELU = {"gelu_new": "tanh", "gelu": "erf", "quick_gelu": "sigmoid"}
+_GELU = {"gelu_new": "tanh", "gelu": "erf", "quick_gelu": "sigmoid", "gelu_pytorch_tanh": "tanh"}
+_FINAL_NORM = {"before_query": "before_query", "after_query": "after_query"}
+_EPSILON = 1e-5
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_WORDS, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+# The Megatron port padded the vocabulary to a multiple of 128 a tensor-parallel rank.
+_PADDED_VOCABULARIES = {-(-VOCAB_SIZE // (128 * ranks)) * 128 * ranks for ranks in (1, 2, 4, 8)}
 
 
-def model_specs(config: ModelConfig) -> dict[str, ShardSpec]:
-    """Every parameter of a model by its canonical name. Nothing is allocated."""
-    model = PanguModel(config, ParallelContext(device=torch.device("meta")))
-    return {spec.name: spec for spec, _ in canonical_parameters(model)}
+def detect(path: Path) -> bool:
+    """Whether a path is a directory in HuggingFace's form."""
+    return any((path / name).is_file() for name in (CONFIG, INDEX, SINGLE, BIN_INDEX, BIN_SINGLE))
 
 
-class WeightsDirectory:
-    """A weights directory, opened and checked; tensors are read when they are asked for, slice by slice.
+# --- reading -----------------------------------------------------------------------------------------------------------------------------
 
-    Args:
-        path: the directory.
+
+def read(path: Path, overrides: Overrides) -> Weights:
+    """Weights of a directory, ours or one that others have published.
+
+    Names, shapes and types are read now and checked; a stored output layer is compared with the word embedding. Other tensors are read
+    when they are asked for, slice by slice.
 
     Raises:
-        InputError: if it is no weights directory, or its tensors are not just the model's.
+        InputError: if it is no such directory, or not the whole of one model.
     """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.config = _read_config(self.path / CONFIG)
-        self._files = self._locate()
-        specs = model_specs(self.config)
-        for what, names in (("lacks", specs.keys() - self._files.keys()), ("holds unknown", self._files.keys() - specs.keys())):
-            if names:
-                first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise InputError(f"{self.path}: {what} {first}{more}; expected the {len(specs)} tensors that {CONFIG} describes.")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The stored tensors' dtype, as config.json names it (`torch_dtype` until transformers 5); fp32 where it names none."""
-        values = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        names = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-        return names.get(values.get("dtype") or values.get("torch_dtype"), torch.float32)
-
-    def _locate(self) -> dict[str, Path]:
-        index = self.path / INDEX
-        if not index.exists():
-            single = self.path / "model.safetensors"
-            with self._open(single) as file:
-                return dict.fromkeys(file.keys(), single)
-        try:
-            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{index}: not an index of safetensors files; expected an object with a weight_map.") from None
-        for name, file in entries:
-            # Never follow a path out of the directory.
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise InputError(f"{index}: {name} points to {file!r}; expected the name of a file beside it.")
-        return {name: self.path / file for name, file in entries}
-
-    def _open(self, path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({error}). Copy or convert the weights again.") from None
-
-    def fill(self, local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
-        """Read one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`); only the slice is read.
-
-        Raises:
-            InputError: if the tensor is not in its file, or has another shape than the model's.
-        """
-        path = self._files[spec.name]
-        with self._open(path) as file:
-            try:
-                stored = file.get_slice(spec.name)
-            except SafetensorError:
-                raise InputError(f"{path}: lacks {spec.name}, which {INDEX} says it holds. Copy or convert the weights again.") from None
-            if tuple(stored.get_shape()) != spec.shape:
-                raise InputError(f"{path}: {spec.name} has shape {stored.get_shape()}, expected {list(spec.shape)}.")
-            if spec.split_dim is None:
-                local.copy_(stored[...])
-                return
-            width = local.shape[spec.split_dim]
-            begin = min(spec.offset(rank, size), spec.shape[spec.split_dim])
-            end = min(begin + width, spec.shape[spec.split_dim])
-            local.zero_()
-            if begin < end:
-                part = stored[begin:end] if spec.split_dim == 0 else stored[:, begin:end]
-                local.narrow(spec.split_dim, 0, end - begin).copy_(part)
+    values = _read_object(path / CONFIG)
+    described = _describe(path / CONFIG, values)
+    ours = "final_norm" in values  # which no other tool writes
+    stored, container = _open_files(path)
+    tensors: dict[str, LazyTensor] = {}
+    left_out: list[str] = []
+    remarks = [] if ours else ["published by others"]
+    for name, tensor in stored.items():
+        canonical = _canonical_name(name, base="wte.weight" in stored)
+        if _BUFFER.fullmatch(canonical):
+            left_out.append(name)
+        elif canonical in tensors:
+            raise InputError(f"{path}: holds {canonical} twice, once as {name}.")
+        else:
+            tensors[canonical] = tensor
+    if any(".out_proj." in name for name in stored):
+        remarks.append("attn.out_proj read as attn.c_proj")
+    if _HEAD in tensors and _WORDS in tensors:
+        if not _equal(tensors[_HEAD], tensors[_WORDS]):
+            raise InputError(
+                f"{path}: {_HEAD} differs from {_WORDS}. PanGu-α's output layer is the word embedding; a model whose output layer was "
+                "trained apart is another model, which no other format can hold."
+            )
+        del tensors[_HEAD]
+        left_out.append(_HEAD)
+        remarks.append(f"{_HEAD} equal to {_WORDS}, left out")
+    rows = tensors[_WORDS].shape[0] if _WORDS in tensors and tensors[_WORDS].shape else 0
+    if not ours and rows in _PADDED_VOCABULARIES - {VOCAB_SIZE}:
+        tensors[_WORDS] = _first_rows(tensors[_WORDS], VOCAB_SIZE)
+        described["vocab_size"] = VOCAB_SIZE
+        remarks.append(f"vocabulary cut from {rows} to the published {VOCAB_SIZE} ids")
+    if not ours and described["gelu"] == "erf" and overrides.gelu is None:
+        remarks.append(
+            f"activation erf as its {CONFIG} says, ALTHOUGH THE RELEASED WEIGHTS WERE TRAINED WITH tanh: unless these were trained "
+            "further with erf, --gelu tanh gives the released model"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{path}: {name} is {kind}; expected floating point. Quantised weights cannot be converted.")
+    tokenizer = path / TOKENIZER if (path / TOKENIZER).is_file() else None
+    source = "; ".join([f"HuggingFace directory ({container})", *remarks])
+    return complete(path, tensors, overrides, source=source, described=described, left_out=tuple(left_out), tokenizer=tokenizer)
 
 
-def _read_config(path: Path) -> ModelConfig:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a weights directory with config.json.") from None
-    except ValueError:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a weights directory with {CONFIG}.") from None
+    except (ValueError, RecursionError):
         raise InputError(f"{path}: not valid JSON.") from None
-    if not isinstance(values, dict) or values.get("model_type") not in ("gpt_pangu", "pangu"):
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a JSON object.")
+    return values
+
+
+def _describe(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says about the model, by our names."""
+    if values.get("model_type") not in ("gpt_pangu", "pangu"):
         raise InputError(f'{path}: describes no PanGu model; expected "model_type": "gpt_pangu".')
-    activation = values.get("activation_function")
-    if not isinstance(activation, str) or activation not in _GELU:
-        raise InputError(f"{path}: activation_function = {activation!r}; expected one of {', '.join(_GELU)}.")
-    ours = {key: values[theirs] for theirs, key in _FIELDS.items() if values.get(theirs) is not None}
+    described: dict[str, Any] = {}
+    for theirs, (ours, least) in _FIELDS.items():
+        value = values.get(theirs)
+        if value is None:
+            continue
+        if type(value) is not int or value < least:
+            raise InputError(f"{path}: {theirs} = {value!r}; expected a whole number of {least} or more.")
+        described[ours] = value
+    for theirs, ours in (("resid_pdrop", "hidden_dropout"), ("attn_pdrop", "attention_dropout")):
+        value = values.get(theirs)
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise InputError(f"{path}: {theirs} = {value!r}; expected a number from 0 to less than 1.")
+        described[ours] = float(value)
+    for theirs, ours, default, known in (
+        ("activation_function", "gelu", None, _GELU),
+        ("final_norm", "final_norm", "before_query", _FINAL_NORM),
+    ):
+        value = values.get(theirs, default)
+        if not isinstance(value, str) or value not in known:
+            raise InputError(f"{path}: {theirs} = {value!r}; expected one of {', '.join(known)}.")
+        described[ours] = known[value]
+    # What our layers do, and what another value would silently turn into another model.
+    for theirs, expected in (("layer_norm_epsilon", _EPSILON), ("scale_attn_weights", True)):
+        value = values.get(theirs)
+        if value is not None and value != expected:
+            raise InputError(f"{path}: {theirs} = {value!r}; PanGu-α has {expected!r}.")
+    return described
+
+
+def _canonical_name(name: str, *, base: bool) -> str:
+    """The canonical name of a tensor that a community model calls `name`; `base`: it was saved without its output layer."""
+    name = name.removeprefix("module.")
+    if base:
+        name = f"transformer.{name}"
+    return name.replace(".attn.out_proj.", ".attn.c_proj.")
+
+
+def _open_files(path: Path) -> tuple[dict[str, LazyTensor], str]:
+    """Every stored tensor by its own name, and what kind of files they are in."""
+    for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
+        if (path / index).exists():
+            tensors: dict[str, LazyTensor] = {}
+            for file, names in _read_index(path / index, Path(single).suffix).items():
+                found = _open_file(file)
+                for name in names:
+                    if name not in found:
+                        raise InputError(f"{file}: lacks {name}, which {index} says it holds. Copy or convert the weights again.")
+                    tensors[name] = found[name]
+            return tensors, Path(single).suffix.removeprefix(".")
+        if (path / single).exists():
+            return _open_file(path / single), Path(single).suffix.removeprefix(".")
+    raise InputError(f"{path / SINGLE}: cannot be read: there is neither it nor {INDEX}, {BIN_SINGLE} or {BIN_INDEX}.")
+
+
+def _read_index(index: Path, suffix: str) -> dict[Path, list[str]]:
     try:
-        return ModelConfig.model_validate({"gelu": _GELU[activation], **ours})
-    except ValidationError as error:
-        problem = error.errors()[0]
-    if problem["type"] == "value_error":
-        raise InputError(f"{path}: {problem['ctx']['error']}")
-    key = next(theirs for theirs, key in _FIELDS.items() if key == problem["loc"][0])
-    if problem["type"] == "missing":
-        raise InputError(f"{path}: {key} is missing.")
-    raise InputError(f"{path}: {key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise InputError(f"{index}: not an index of {suffix} files; expected an object with a weight_map.") from None
+    files: dict[Path, list[str]] = {}
+    for name, file in entries:
+        # Never follow a path out of the directory.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+            raise InputError(f"{index}: {name} points to {file!r}; expected the name of a file beside it.")
+        files.setdefault(index.parent / file, []).append(name)
+    return files
+
+
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickled(path)
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    tensors = {}
+    with _safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118 (no dictionary)
+            stored = file.get_slice(name)
+            if stored.get_dtype() not in _DTYPES:
+                raise InputError(f"{path}: {name} is {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}.")
+            tensors[name] = _lazy(path, name, tuple(stored.get_shape()), _DTYPES[stored.get_dtype()])
+    return tensors
+
+
+def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    # The file is opened for every read: what stays mapped would count as memory in use.
+    def read() -> Tensor:
+        with _safetensors(path) as file:
+            return file.get_tensor(name)
+
+    def read_part(dim: int, begin: int, end: int) -> Tensor:
+        with _safetensors(path) as file:
+            stored = file.get_slice(name)
+            return stored[(slice(None),) * dim + (slice(begin, end),)]
+
+    return LazyTensor(shape, dtype, read, read_part)
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error}). Copy or convert the weights again.") from None
+
+
+def _open_pickled(path: Path) -> dict[str, LazyTensor]:
+    root = torch_file.load(path)
+    if type(root) is not dict or not all(type(name) is str and isinstance(value, StoredTensor) for name, value in root.items()):
+        raise InputError(f"{path}: not a flat table of tensors, which a model's {BIN_SINGLE} is. Convert it from the format it is in.")
+
+    def lazy(stored: StoredTensor) -> LazyTensor:
+        return LazyTensor(stored.shape, stored.dtype, stored.read, lambda dim, begin, end: stored.read().narrow(dim, begin, end - begin))
+
+    return {name: lazy(stored) for name, stored in root.items()}
+
+
+def _rows(tensor: LazyTensor, begin: int, end: int) -> Tensor:
+    return tensor.read_part(0, begin, end) if tensor.read_part else tensor.read()[begin:end]
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two matrices hold the same numbers, compared a few rows at a time."""
+    if one.shape != other.shape or len(one.shape) != 2:
+        return False
+    rows, step = one.shape[0], max(1, 2**22 // max(1, one.shape[1]))
+    ranges = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+    return all(torch.equal(_rows(one, *part).float(), _rows(other, *part).float()) for part in ranges)
+
+
+def _first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
+    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:count], tensor.read_part)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------------------------
+
+
+def write(weights: Weights, output: Path, options: WriteOptions) -> None:
+    """Write a canonical directory, holding one tensor at a time.
+
+    Args:
+        weights: any.
+        output: the directory, made here. `pangu.conversion.convert` makes it appear whole or not at all.
+        options: `dtype`.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, LazyTensor]] = [{}]
+    room = SHARD_BYTES
+    for name, tensor in weights.tensors.items():
+        size = _num_bytes(tensor, options.dtype)
+        if shards[-1] and size > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= size
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = _file_name(number, len(shards))
+        _write_safetensors(output / file, shard, options.dtype)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(_num_bytes(tensor, options.dtype) for tensor in weights.tensors.values())
+    _write_index(output, weight_map, total)
+    _write_companions(output, weights.config, options.dtype or weights.dtype, weights.tokenizer)
+
+
+def _num_bytes(tensor: LazyTensor, dtype: torch.dtype | None) -> int:
+    return torch.Size(tensor.shape).numel() * (dtype or tensor.dtype).itemsize
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None) -> None:
+    """One file, tensor by tensor; safetensors' own writer wants all of them in memory.
+
+    Format: the header's length (u64, little-endian), the header (JSON, padded with spaces to 8 bytes), the tensors one after the other.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + _num_bytes(tensor, dtype)
+        header[name] = {"dtype": _NAMES[dtype or tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            value = tensor.read()
+            file.write(value.to(dtype or value.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(directory / INDEX, index)
+
+
+def _write_companions(directory: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
+    """What lies beside the tensors: the model's description, the tokenizer, the code for transformers."""
+    _write_json(directory / CONFIG, _config_json(config, dtype))
+    _write_json(directory / "tokenizer_config.json", _tokenizer_json(config))
+    for module in sorted(REMOTE_CODE.glob("*.py")):
+        shutil.copyfile(module, directory / module.name)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer, directory / TOKENIZER)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "model_type": "gpt_pangu",
-        **{theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()},
+        "architectures": ["GPTPanguForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_pangu.GPTPanguConfig",
+            "AutoModel": "modeling_pangu.GPTPanguModel",
+            "AutoModelForCausalLM": "modeling_pangu.GPTPanguForCausalLM",
+        },
+        **{theirs: getattr(config, ours) for theirs, (ours, _) in _FIELDS.items()},
         "bos_token_id": config.separator_id,
         "activation_function": next(theirs for theirs, ours in _GELU.items() if ours == config.gelu),
-        "layer_norm_epsilon": 1e-5,
+        "final_norm": config.final_norm,
+        "layer_norm_epsilon": _EPSILON,
         "embd_pdrop": config.hidden_dropout,
         "resid_pdrop": config.hidden_dropout,
         "attn_pdrop": config.attention_dropout,
         "tie_word_embeddings": True,
         "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _tokenizer_json(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "GPTPanguTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_pangu.GPTPanguTokenizer", None]},
+        "model_max_length": config.max_positions,
+        "padding_side": "left",
+        # A text that holds "<eot>" is to get the ids it had in training, and not to end a document.
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "unk_token": UNK,
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "pad_token": PAD,
+        "sep_token": SEP,
+        "mask_token": MASK,
     }
 
 
@@ -224,14 +461,11 @@ def write_weights(
         weight_map: dict[str, str] = {}
         total_size = sum(sum(sizes.values()) for _, sizes in everything)
         for number, (temporary, names) in enumerate(everything, start=1):
-            final = f"model-{number:05d}-of-{len(everything):05d}.safetensors"
+            final = _file_name(number, len(everything))
             os.rename(partial / temporary, partial / final)
             weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        (partial / CONFIG).write_text(json.dumps(_config_json(config, dtype), indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer, partial / TOKENIZER)
+        _write_index(partial, weight_map, total_size)
+        _write_companions(partial, config, dtype, tokenizer)
         replaced = path.with_name(path.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():

@@ -74,9 +74,23 @@ class Weights:
     tokenizer: Path | None = None
     """A `vocab.model` that lies beside the weights."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: that of the word embedding."""
+        return self.tensors["transformer.wte.weight"].dtype
+
     def fill(self, local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
-        """Write one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`)."""
-        local.copy_(spec.slice(self.tensors[spec.name].read(), rank, size))
+        """Write one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`), reading no more than that if the format can."""
+        tensor = self.tensors[spec.name]
+        if spec.split_dim is None or size == 1 or tensor.read_part is None:
+            local.copy_(spec.slice(tensor.read(), rank, size))
+            return
+        width, whole = local.shape[spec.split_dim], spec.shape[spec.split_dim]
+        begin = min(spec.offset(rank, size), whole)
+        end = min(begin + width, whole)
+        local.zero_()  # a rank may hold padding
+        if begin < end:
+            local.narrow(spec.split_dim, 0, end - begin).copy_(tensor.read_part(spec.split_dim, begin, end))
 
 
 def model_specs(config: ModelConfig) -> dict[str, ShardSpec]:

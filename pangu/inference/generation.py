@@ -24,7 +24,7 @@ from megatron_ext.collectives import broadcast, world_size
 from megatron_ext.context import ParallelContext
 from megatron_ext.random import derive_seed
 from megatron_ext.topology import SINGLE, Groups, Topology
-from pangu.conversion.huggingface import WeightsDirectory
+from pangu.conversion.formats import open_weights
 from pangu.errors import InputError
 from pangu.inference.kv_cache import make_caches
 from pangu.inference.sampling import Sampling, sample
@@ -71,19 +71,21 @@ class TextGenerator:
 
     @classmethod
     def from_directory(cls, path: Path | str) -> TextGenerator:
-        """Load a weights directory with its tokenizer; under torchrun, split over all processes.
+        """Load weights of any format with the `vocab.model` beside them; under torchrun, split over all processes.
 
         Weights keep their dtype on an accelerator and become fp32 on a CPU, where 16 bits are slow.
 
         Raises:
-            InputError: if the directory is not usable, or the processes do not divide the model's heads.
+            InputError: if the weights or their tokenizer are not usable, or the processes do not divide the model's heads.
         """
-        weights = WeightsDirectory(path)
-        tokenizer = PanguTokenizer(weights.path)
+        weights = open_weights(path)
+        if weights.tokenizer is None:
+            raise InputError(f"{path}: no vocab.model lies beside the weights. Put the one there that the model was trained with.")
+        tokenizer = PanguTokenizer(weights.tokenizer)
         num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if weights.config.num_heads % num_ranks:
             raise InputError(
-                f"{num_ranks} processes do not divide the {weights.config.num_heads} attention heads of {weights.path}. "
+                f"{num_ranks} processes do not divide the {weights.config.num_heads} attention heads of {path}. "
                 "Start as many processes as divide them (torchrun --nproc-per-node N)."
             )
         group = SINGLE
@@ -91,7 +93,7 @@ class TextGenerator:
             accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
             group = Groups.create(Topology.from_world_size(world_size(), tensor=world_size(), pipeline=1)).tensor
         device = accelerator.device()
-        dtype = torch.float32 if device.type == "cpu" else weights.dtype
+        dtype = torch.float32 if device.type == "cpu" or weights.dtype == torch.float64 else weights.dtype
         return cls(PanguModel(weights.config, ParallelContext(tensor=group, device=device, dtype=dtype, fill=weights.fill)), tokenizer)
 
     def generate(

@@ -19,7 +19,8 @@ from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
 from pangu.config import Config, validate_layout
-from pangu.conversion.huggingface import WeightsDirectory, write_weights
+from pangu.conversion.formats import open_weights
+from pangu.conversion.huggingface import write_weights
 from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
@@ -82,7 +83,7 @@ def run_training(config: Config) -> None:
     )
     initial_weights = _initial_weights(config)
     accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
-    groups = Groups.create(topology)
+    groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
     checkpoint = find_checkpoint(config, groups.world)
     engine = TrainingEngine(config, groups, initial_weights)
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
@@ -217,12 +218,12 @@ def _initial_weights(config: Config) -> Fill:
     """Where a new run's weights come from. A resumed run overwrites them."""
     if config.checkpoint.init_from is None:
         return random_weights(config.train.seed)
-    weights = WeightsDirectory(config.checkpoint.init_from)
+    weights = open_weights(config.checkpoint.init_from)
     ours, theirs = config.model, weights.config
     for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
         if getattr(ours, key) != getattr(theirs, key):
             raise InputError(
-                f"checkpoint.init_from = {weights.path}: its {key} is {getattr(theirs, key)}, but model.{key} = {getattr(ours, key)}. "
-                f"Set model.{key}={getattr(theirs, key)}."
+                f"checkpoint.init_from = {config.checkpoint.init_from}: its {key} is {getattr(theirs, key)}, but model.{key} = "
+                f"{getattr(ours, key)}. Set model.{key}={getattr(theirs, key)}."
             )
     return weights.fill

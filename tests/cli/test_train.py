@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_ext.sharding import ShardSpec
-from pangu.conversion.huggingface import WeightsDirectory, model_specs
+from pangu.conversion import huggingface
+from pangu.conversion.weights import Overrides
 from pangu.data.indexed import IndexedDatasetWriter
 from pangu.train import main as train_program
 
@@ -63,14 +63,8 @@ def values(run_dir: Path, key: str) -> list[float]:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    directory = WeightsDirectory(run_dir / "weights")
-
-    def read(spec: ShardSpec) -> torch.Tensor:
-        tensor = torch.empty(spec.shape)
-        directory.fill(tensor, spec, 0, 1)
-        return tensor
-
-    return {name: read(spec) for name, spec in model_specs(directory.config).items()}
+    opened = huggingface.read(run_dir / "weights", Overrides())
+    return {name: tensor.read() for name, tensor in opened.tensors.items()}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ Only sums are asked of a backend, never averages, `gather` or float64: HCCL has 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -203,6 +204,25 @@ def all_gather_objects(value: Any, group: Group) -> list[Any]:
     values: list[Any] = [None] * group.size
     dist.all_gather_object(values, value, group=group.handle)
     return values
+
+
+def together(action: Callable[[], Any], group: Group) -> list[Any]:
+    """Run an action that reads or writes files on every rank, and gather the results in the group's order.
+
+    Raises:
+        OSError: on every rank, if the action raised one on any: the first, with its rank.
+    """
+    error: str | None = None
+    result = None
+    try:
+        result = action()
+    except OSError as caught:
+        error = f"rank {group.rank}: {caught}"
+    outcomes = all_gather_objects((error, result), group)
+    for message, _ in outcomes:
+        if message:
+            raise OSError(message)
+    return [value for _, value in outcomes]
 
 
 def broadcast(x: Tensor, group: Group, source: int) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from pangu.conversion.formats import FORMATS
 from pangu.conversion.weights import LazyTensor, Weights, WriteOptions
 from pangu.errors import InputError
+from pangu.files import publish, remove
 
 
 def convert(
@@ -39,25 +38,19 @@ def convert(
         raise InputError(f"--to {to}: this format is only read. Choose one of {writable}.")
     if output.exists() and not force:
         raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
-    partial, replaced = output.with_name(output.name + ".partial"), output.with_name(output.name + ".replaced")
+    partial = output.with_name(output.name + ".partial")
     tensors = {name: _watched(name, tensor, options, advance or (lambda read: None)) for name, tensor in weights.tensors.items()}
     weights = replace(weights, tensors=tensors)
-    _remove(partial)
+    remove(partial)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write(weights, partial, options)
-        _sync(partial)
-        if output.exists():
-            _remove(replaced)
-            os.rename(output, replaced)
-        os.rename(partial, output)
-        _sync_one(output.parent)
-        _remove(replaced)
+        publish(partial, output)
     except OSError as error:
         hint = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written"
         raise InputError(f"{output}: cannot be written ({error.strerror or error}). {hint}; nothing was left behind.") from None
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 def _watched(name: str, tensor: LazyTensor, options: WriteOptions, advance: Callable[[int], None]) -> LazyTensor:
@@ -73,24 +66,3 @@ def _watched(name: str, tensor: LazyTensor, options: WriteOptions, advance: Call
         return value
 
     return replace(tensor, read=read, read_part=None)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    for entry in sorted(path.rglob("*")) if path.is_dir() else []:
-        _sync_one(entry)
-    _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

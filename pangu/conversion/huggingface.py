@@ -23,14 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ext.collectives import all_gather, all_gather_objects, barrier
+from megatron_ext.collectives import all_gather, together
 from megatron_ext.sharding import ShardSpec
-from megatron_ext.topology import Groups
+from megatron_ext.topology import Group, Groups
 from pangu.config import ModelConfig
 from pangu.conversion import torch_file
 from pangu.conversion.torch_file import StoredTensor
 from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
+from pangu.files import publish, remove
 from pangu.tokenizer import EOT, MASK, PAD, SEP, UNK
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"
@@ -425,24 +426,33 @@ def write_weights(
         tokenizer: a `vocab.model` to put beside the weights, or the directory that holds it.
     """
     partial = path.with_name(path.name + ".partial")
-    if groups.world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier(groups.world)
+
+    def prepare() -> None:
+        if groups.world.rank == 0:
+            remove(partial)
+            partial.mkdir(parents=True)
+
+    _together(prepare, groups.world, path)
     is_writer = groups.data.rank == 0 and groups.tensor.rank == 0
     stage, last = groups.coordinates.pipe, groups.topology.pipeline - 1
     files: list[tuple[str, dict[str, int]]] = []  # temporary name, bytes of each tensor
     pending: dict[str, Tensor] = {}
     dtype = torch.float32
 
+    failure: OSError | None = None
+
     def flush() -> None:
-        if pending:
+        """Write a file. A failure is told at the end: until then the other ranks need this one for gathering."""
+        nonlocal failure
+        if pending and failure is None:
             name = f"stage{stage:03d}-{len(files):05d}.safetensors"
-            save_file(pending, partial / name, metadata={"format": "pt"})
-            os.chmod(partial / name, 0o644)  # safetensors makes files that only their owner can read
-            _fsync(partial / name)
+            try:
+                save_file(pending, partial / name, metadata={"format": "pt"})
+                os.chmod(partial / name, 0o644)  # safetensors makes files that only their owner can read
+            except (OSError, SafetensorError) as error:
+                failure = OSError(str(error))
             files.append((name, {key: tensor.nbytes for key, tensor in pending.items()}))
-            pending.clear()
+        pending.clear()
 
     for spec, whole in parameters:
         with whole() as local:
@@ -456,8 +466,17 @@ def write_weights(
                     flush()
     if is_writer:
         flush()
-    everything = [entry for entries in all_gather_objects(files, groups.world) for entry in entries]
-    if groups.world.rank == 0:
+
+    def written() -> list[tuple[str, dict[str, int]]]:
+        if failure is not None:
+            raise failure
+        return files
+
+    everything = [entry for entries in _together(written, groups.world, path) for entry in entries]
+
+    def commit() -> None:
+        if groups.world.rank != 0:
+            return
         weight_map: dict[str, str] = {}
         total_size = sum(sum(sizes.values()) for _, sizes in everything)
         for number, (temporary, names) in enumerate(everything, start=1):
@@ -466,15 +485,13 @@ def write_weights(
             weight_map.update(dict.fromkeys(names, final))
         _write_index(partial, weight_map, total_size)
         _write_companions(partial, config, dtype, tokenizer)
-        replaced = path.with_name(path.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if path.exists():
-            os.rename(path, replaced)
-        os.rename(partial, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    barrier(groups.world)
+        publish(partial, path)
+
+    _together(commit, groups.world, path)
 
 
-def _fsync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _together(action: Callable[[], Any], world: Group, path: Path) -> list[Any]:
+    try:
+        return together(action, world)
+    except OSError as error:
+        raise InputError(f"{path}: the weights could not be written ({error}). Free some space or mend the directory.") from None

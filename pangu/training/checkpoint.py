@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from megatron_ext.collectives import all_gather_objects, barrier, broadcast_object
+from megatron_ext.collectives import all_gather_objects, barrier, broadcast_object, together
 from megatron_ext.topology import Group
 from pangu.config import Config
 from pangu.errors import InputError
+from pangu.files import sync, write_durably
 from pangu.training.engine import TrainingEngine
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -71,10 +72,10 @@ def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
         if world.rank == 0:
             files = {name: described for share in shares for name, described in share.items()}
             manifest = {"format": 1, "progress": asdict(progress), "identity": _identity(config, engine), "files": files}
-            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+            write_durably(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             os.rename(partial, final)
-            _fsync(root)
-            _write_durably(root / LATEST, name)
+            sync(root)
+            write_durably(root / LATEST, name + "\n")
             for old in _complete_steps(root)[: -config.checkpoint.keep]:
                 shutil.rmtree(root / old, ignore_errors=True)
 
@@ -188,7 +189,7 @@ def _my_share(folder: Path, world: Group) -> list[str]:
 
 
 def _describe(file: Path) -> dict[str, Any]:
-    _fsync(file)
+    sync(file)
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
@@ -202,36 +203,12 @@ def _sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _together(action: Callable[[], Any], world: Group, what: str) -> list[Any]:
-    """Run `action` on every rank and gather the results; if it failed to read or write on any, raise on all.
+    """Run an action on every rank; if it failed to read or write on any, refuse on all.
 
     A rank that fails inside DeepSpeed's collective writing leaves the others waiting in it: that ends with the collective's time-out.
     """
-    error: str | None = None
-    result = None
     try:
-        result = action()
-    except OSError as caught:
-        error = f"rank {world.rank}: {caught}"
-    outcomes = all_gather_objects((error, result), world)
-    failed = [message for message, _ in outcomes if message]
-    if failed:
-        raise InputError(f"{what} ({failed[0]}). Free some space or mend the directory.")
-    barrier(world)
-    return [value for _, value in outcomes]
+        return together(action, world)
+    except OSError as error:
+        raise InputError(f"{what} ({error}). Free some space or mend the directory.") from None

@@ -277,11 +277,11 @@ class GPTPanguModel(GPTPanguPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None and not checkpointing:
             past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if inputs_embeds is None:
-            if attention_mask is None and past_key_values is None:
+            if isinstance(past, int) and past == 0:
                 self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         position_ids = self._position_ids(inputs_embeds, position_ids, attention_mask, past)
         mask = self._mask(inputs_embeds, position_ids, attention_mask, past, past_key_values)
 

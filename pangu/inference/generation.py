@@ -193,6 +193,6 @@ class TextGenerator:
         if logits_BV.isnan().any():
             raise InputError(
                 f"the model's scores are not numbers (computed in {logits_BV.dtype}): the weights are damaged, or too large for this "
-                "dtype. Check them with tools/inspect_checkpoint.py, or convert them to bfloat16 or float32."
+                "dtype. Convert them with tools/convert_checkpoint.py --dtype bf16 or fp32, or fetch them again."
             )
         return logits_BV

@@ -19,8 +19,8 @@ from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
 from pangu.config import Config, validate_layout
+from pangu.conversion.export import write_weights
 from pangu.conversion.formats import open_weights
-from pangu.conversion.huggingface import write_weights
 from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets

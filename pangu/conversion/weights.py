@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class LazyTensor:
     """Reads it. The result may be a view of a memory-mapped file: do not write into it, and drop it before reading the next."""
     read_part: Callable[[int, int, int], Tensor] | None = None
     """Reads [begin, end) along a dimension, where the format can do that without reading all: (dimension, begin, end)."""
+
+
+States = Mapping[str, Mapping[str, LazyTensor]]
+"""What Adam keeps, by state (`exp_avg`, `exp_avg_sq`: running means of the gradient and of its square) and canonical name."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,38 @@ class Weights:
     """Names in the source that are no weights: optimizer states, bookkeeping."""
     tokenizer: Path | None = None
     """A `vocab.model` that lies beside the weights."""
+    open_optimizer: Callable[[], States] | None = None
+    """Opens the optimizer's states, where the source has them; one of them is `fp32`, the weights, if `tensors` are rounded."""
+    optimizer: States = field(default_factory=dict)
+    """States that are to be written with the weights."""
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in: that of the word embedding."""
         return self.tensors["transformer.wte.weight"].dtype
+
+    def with_optimizer(self) -> Weights:
+        """The weights in fp32, with the states of the optimizer that trained them.
+
+        Raises:
+            InputError: if the source holds none.
+        """
+        if self.open_optimizer is None:
+            raise InputError(f"{self.source}: holds no optimizer states. Leave --with-optimizer out.")
+        states = dict(self.open_optimizer())
+        masters = states.pop("fp32", self.tensors)
+        return replace(self, tensors={name: masters[name] for name in self.tensors}, optimizer=states)
+
+    def refuse_other(self, model: ModelConfig, where: str) -> None:
+        """Refuse a model that these weights are not the weights of.
+
+        Raises:
+            InputError: beginning with `where`, naming the key that differs.
+        """
+        for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
+            ours, theirs = getattr(model, key), getattr(self.config, key)
+            if ours != theirs:
+                raise InputError(f"{where}: its {key} is {theirs}, but model.{key} = {ours}. Set model.{key}={theirs}.")
 
     def fill(self, local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
         """Write one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`), reading no more than that if the format can."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,15 +35,14 @@ from pangu.errors import InputError
 from pangu.model.block import RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import pipeline_layers, quiet
-from pangu.training.checkpoint import MANIFEST
+from pangu.training.manifest import MANIFEST, complete_steps
 
-_STEP = re.compile(r"step_\d{8,}")
 _LAYOUT = {"tensor": "parallel.tensor", "pipeline": "parallel.pipeline", "data": "data-parallel size", "zero": "parallel.zero_stage"}
 
 
 def detect(path: Path) -> bool:
     """Whether a path is a training checkpoint, the directory that holds them, or a run's directory."""
-    return path.is_dir() and ((path / MANIFEST).is_file() or any(_steps(folder) for folder in (path, path / "checkpoints")))
+    return path.is_dir() and ((path / MANIFEST).is_file() or any(complete_steps(folder) for folder in (path, path / "checkpoints")))
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
@@ -125,20 +123,12 @@ class Checkpoint:
         return root
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Complete checkpoints in a directory, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()]
-    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
-
-
 def _locate(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     for folder in (path, path / "checkpoints"):
-        if steps := _steps(folder):
-            return steps[-1]
+        if steps := complete_steps(folder):
+            return folder / steps[-1]
     raise InputError(f"{path}: no training checkpoint: neither it nor a step_N in it or in its checkpoints/ has a {MANIFEST}.")
 
 

@@ -71,6 +71,7 @@ class _Shard:
     """One rank's file: its buffers by state, and which piece of which parameter lies where."""
 
     buffers: Mapping[str, list[Flat]]
+    """Without Adam's as long as no step was applied; its means are zero then."""
     pieces: Mapping[str, tuple[int, int, int]]
     """Buffer, beginning and number of elements, by DeepSpeed's name."""
     step: float
@@ -140,7 +141,10 @@ def _sharded(checkpoint: Checkpoint) -> OptimizerState:
                     raise InputError(
                         f"{checkpoint.folder}: {place.spec.name}: its ranks hold more of it than its {whole.numel():,} elements."
                     )
-                part.buffers[state][buffer].copy_to(whole[at : at + count], begin)
+                if state in part.buffers:
+                    part.buffers[state][buffer].copy_to(whole[at : at + count], begin)
+                else:
+                    whole[at : at + count].zero_()
                 at += count
         if at != whole.numel():
             raise InputError(f"{checkpoint.folder}: {place.spec.name}: {at:,} of its {whole.numel():,} elements are there ({state}).")
@@ -180,7 +184,7 @@ def _cut_shard(checkpoint: Checkpoint, data_rank: int, model_rank: int) -> _Shar
     base = section(checkpoint, name, state, "base_optimizer_state")
     weights = flat_buffers(checkpoint, name, state.get("single_partition_of_fp32_groups"))
     buffers = {"fp32": [Flat([buffer]) for buffer in weights]}
-    buffers |= {key: [Flat([buffer]) for buffer in _moments(checkpoint, name, base, key, len(weights))] for key in STATES[1:]}
+    buffers |= {key: [Flat([buffer]) for buffer in own] for key, own in _moments(checkpoint, name, base, len(weights)).items()}
     mappings = state.get("param_slice_mappings")
     if type(mappings) is not list or len(mappings) != len(weights) or not all(isinstance(mapping, dict) for mapping in mappings):
         raise InputError(f"{checkpoint.folder / name}: does not say which parameters it holds.")
@@ -202,7 +206,7 @@ def _partitioned_shard(checkpoint: Checkpoint, data_rank: int, model_rank: int, 
     base = section(checkpoint, name, state, "optimizer_state_dict")
     weights = flat_buffers(checkpoint, name, state.get("fp32_flat_groups"))
     buffers = {"fp32": [Flat(weights)]}
-    buffers |= {key: [Flat(_moments(checkpoint, name, base, key, len(weights)))] for key in STATES[1:]}
+    buffers |= {key: [Flat(own)] for key, own in _moments(checkpoint, name, base, len(weights)).items()}
     model_file = f"zero_pp_rank_0_mp_rank_{model_rank:02d}_model_states.pt"
     groups = checkpoint.load(model_file).get("param_shapes")
     if type(groups) is not list or not all(isinstance(group, dict) for group in groups):
@@ -220,14 +224,18 @@ def _partitioned_shard(checkpoint: Checkpoint, data_rank: int, model_rank: int, 
     return _Shard(buffers, pieces, _step(checkpoint, name, base.get("state"), base.get("param_groups")), _loss_scaler(state))
 
 
-def _moments(checkpoint: Checkpoint, name: str, base: dict[Any, Any], key: str, count: int) -> list[StoredTensor]:
+def _moments(checkpoint: Checkpoint, name: str, base: dict[Any, Any], count: int) -> dict[str, list[StoredTensor]]:
     states = section(checkpoint, name, base, "state")
-    own = [states.get(number) for number in range(count)]
-    return flat_buffers(checkpoint, name, [state.get(key) if isinstance(state, dict) else None for state in own])
+    if not any(states.values()):
+        return {}
+    own = [state if isinstance(state := states.get(number), dict) else {} for number in range(count)]
+    return {key: flat_buffers(checkpoint, name, [state.get(key) for state in own]) for key in STATES[1:]}
 
 
 def _step(checkpoint: Checkpoint, name: str, states: Any, groups: Any) -> float:
-    """Adam's count: torch keeps one with each state, NVIDIA's and DeepSpeed's fused kernels one with each group."""
+    """Adam's count, 0 before its first step. torch keeps one with each state, other fused kernels one with each group."""
+    if isinstance(states, dict) and not any(states.values()):
+        return 0.0
     state = states.get(0) if isinstance(states, dict) else None
     step = state.get("step") if isinstance(state, dict) else None
     if step is None and type(groups) is list and groups and isinstance(groups[0], dict):

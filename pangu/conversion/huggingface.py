@@ -265,17 +265,13 @@ def _open_pickled(path: Path) -> dict[str, LazyTensor]:
     return {name: lazy(stored) for name, stored in root.items()}
 
 
-def _rows(tensor: LazyTensor, begin: int, end: int) -> Tensor:
-    return tensor.read_part(0, begin, end) if tensor.read_part else tensor.read()[begin:end]
-
-
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two matrices hold the same numbers, compared a few rows at a time."""
     if one.shape != other.shape or len(one.shape) != 2:
         return False
     rows, step = one.shape[0], max(1, 2**22 // max(1, one.shape[1]))
     ranges = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-    return all(torch.equal(_rows(one, *part).float(), _rows(other, *part).float()) for part in ranges)
+    return all(torch.equal(one.part(0, *part).float(), other.part(0, *part).float()) for part in ranges)
 
 
 def _first_rows(tensor: LazyTensor, count: int) -> LazyTensor:

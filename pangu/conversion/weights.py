@@ -39,6 +39,10 @@ class LazyTensor:
     read_part: Callable[[int, int, int], Tensor] | None = None
     """Reads [begin, end) along a dimension, where the format can do that without reading all: (dimension, begin, end)."""
 
+    def part(self, dimension: int, begin: int, end: int) -> Tensor:
+        """[begin, end) along a dimension, reading no more than that if the format can."""
+        return self.read_part(dimension, begin, end) if self.read_part else self.read().narrow(dimension, begin, end - begin)
+
 
 States = Mapping[str, Mapping[str, LazyTensor]]
 """What Adam keeps, by state (`exp_avg`, `exp_avg_sq`: running means of the gradient and of its square) and canonical name."""

@@ -53,7 +53,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
     Raises:
         InputError: naming the file that is missing, damaged or is not what the manifest says.
     """
-    checkpoint = _open(_locate(path))
+    checkpoint = _open(locate(path))
     try:
         if checkpoint.layout["pipeline"] > 1:
             tensors = _pipeline_tensors(checkpoint)
@@ -76,6 +76,8 @@ def read(path: Path, overrides: Overrides) -> Weights:
         step=step if type(step) is int and step > 0 else None,
         left_out=tuple(sorted(checkpoint.sizes.keys() - checkpoint.opened)),
         tokenizer=exported if exported.is_file() else None,
+        files=tuple(checkpoint.folder / name for name in sorted(checkpoint.sizes)),
+        layout={"tensor": layout["tensor"], "pipeline": layout["pipeline"], "data": layout["data"], "zero_stage": layout["zero"]},
     )
 
 
@@ -124,7 +126,12 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
 
 
-def _locate(path: Path) -> Path:
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one in it.
+
+    Raises:
+        InputError: if there is none.
+    """
     if (path / MANIFEST).is_file():
         return path
     for folder in (path, path / "checkpoints"):

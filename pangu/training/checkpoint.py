@@ -151,12 +151,15 @@ def _problem_of(path: Path, world: Group) -> str | None:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no readable {MANIFEST}, so it is not a complete checkpoint"
-    for name in sorted(files)[world.rank :: world.size]:
-        file = path / name
-        if not file.is_file() or file.stat().st_size != files[name]["bytes"]:
-            return f"{name} is missing or has not its {files[name]['bytes']:,} bytes"
-        if _sha256(file) != files[name]["sha256"]:
-            return f"{name} has changed since it was written: its sha256 differs"
+    return next(filter(None, (file_problem(path / name, files[name]) for name in sorted(files)[world.rank :: world.size])), None)
+
+
+def file_problem(file: Path, described: dict[str, Any]) -> str | None:
+    """What is wrong with one file of a checkpoint, or None; `described` is what the manifest says of it."""
+    if not file.is_file() or file.stat().st_size != described["bytes"]:
+        return f"{file.name} is missing or has not its {described['bytes']:,} bytes"
+    if _sha256(file) != described["sha256"]:
+        return f"{file.name} has changed since it was written: its sha256 differs"
     return None
 
 

@@ -215,8 +215,8 @@ def _open_files(path: Path, overrides: Overrides) -> tuple[dict[str, LazyTensor]
                     overrides.problems.append(str(error))
                     continue
                 absent = [name for name in names if name not in found]
-                again = ". Copy or convert the weights again."
-                overrides.report(file, [f"lacks {name}, which {index} says it holds" for name in absent], again)
+                if absent and overrides.strict:
+                    raise InputError(f"{file}: lacks {absent[0]}, which {index} says it holds. Copy or convert the weights again.")
                 tensors |= {name: found[name] for name in names if name in found}
             return tensors, Path(single).suffix.removeprefix("."), list(files)
         if (path / single).exists():

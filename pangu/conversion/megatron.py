@@ -91,7 +91,8 @@ def read(path: Path, overrides: Overrides) -> Weights:
         overrides.report(file, [f"{name} is either there or in {files[0]}, not in both" for name in different], ".")
     described, told = _described(roots[0])
     tensors: dict[str, LazyTensor] = {}
-    for canonical, name in _canonical_names(path, slices[0], overrides).items():
+    names, num_layers = _canonical_names(path, slices[0], overrides)
+    for canonical, name in names.items():
         split_dim = _split_dims().get(re.sub(r"\.h\.\d+\.", ".h.0.", canonical))
         pieces = [stored[name] for stored in slices if name in stored]
         shape = _full_shape(files, name, pieces, split_dim, overrides)
@@ -112,6 +113,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
         tensors,
         overrides,
         source=f"Megatron checkpoint of the published PyTorch port, {len(files)} file{'s' if len(files) > 1 else ''}, {told}",
+        num_layers=num_layers,
         described=described,
         step=next(iter(steps)) if len(steps) == 1 else None,
         files=tuple(files),
@@ -197,15 +199,18 @@ def _flatten(file: Path, tree: dict[Any, Any]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _canonical_names(path: Path, stored: dict[str, StoredTensor], overrides: Overrides) -> dict[str, str]:
-    """The stored name of each canonical tensor; what has no canonical name keeps its own, to be refused as unknown."""
+def _canonical_names(path: Path, stored: dict[str, StoredTensor], overrides: Overrides) -> tuple[dict[str, str], int]:
+    """The stored name of each canonical tensor, and the number of layers; what has no canonical name keeps its own, to be refused as
+    unknown.
+    """
     blocks = {int(match[1]) for name in stored if (match := re.match(r"transformer\.layers\.(\d{1,4})\.", name))}
     absent = next((number for number in range(len(blocks)) if number not in blocks), None)
     if absent is not None and overrides.strict:
         raise InputError(f"{path}: lacks transformer.layers.{absent}, but has a layer {max(blocks)}.")
     if len(stored) < (16 if overrides.strict else 1) * len(blocks):
         raise InputError(f"{path}: has {len(blocks)} layers besides the query layer, but just {len(stored)} tensors.")
-    canonical = {".".join(theirs): ours for ours, theirs in _port_names(max(blocks, default=-1) + 2).items()}
+    num_layers = max(blocks, default=-1) + 2
+    canonical = {".".join(theirs): ours for ours, theirs in _port_names(num_layers).items()}
     names: dict[str, str] = {}
     for name in stored:
         # PanGu-α Evolution renamed the query embedding; the port's loader takes either.
@@ -214,7 +219,7 @@ def _canonical_names(path: Path, stored: dict[str, StoredTensor], overrides: Ove
         if ours in names:
             raise InputError(f"{path}: holds the query embedding twice, as {names[ours]} and {name}.")
         names[ours] = name
-    return names
+    return names, num_layers
 
 
 def _port_names(num_layers: int) -> dict[str, tuple[str, ...]]:

@@ -176,7 +176,7 @@ def assemble(
     Raises:
         InputError: naming the tensor that is unknown, missing, there twice, or not in the layout of its dialect.
     """
-    found, left_out, dialect, gelu, pipeline = _canonical_names(where, names, overrides)
+    found, num_layers, left_out, dialect, gelu, pipeline = _canonical_names(where, names, overrides)
     tensors = {}
     for canonical, name in found.items():
         try:
@@ -194,12 +194,21 @@ def assemble(
     tensors = {canonical: stored_layout(canonical, tensor) for canonical, tensor in tensors.items()}
     final_norm = "after_query" if pipeline else "before_query"
     return complete(
-        where, tensors, overrides, source=f"{form}, {dialect}", gelu=gelu, final_norm=final_norm, left_out=tuple(left_out), **rest
+        where,
+        tensors,
+        overrides,
+        source=f"{form}, {dialect}",
+        gelu=gelu,
+        final_norm=final_norm,
+        num_layers=num_layers,
+        left_out=tuple(left_out),
+        **rest,
     )
 
 
-def _canonical_names(where: Path, names: Iterable[str], overrides: Overrides) -> tuple[dict[str, str], list[str], str, str, bool]:
-    """The stored name of each canonical tensor, what is no weight, and what the names tell: dialect, GELU, whether of the pipeline code.
+def _canonical_names(where: Path, names: Iterable[str], overrides: Overrides) -> tuple[dict[str, str], int, list[str], str, str, bool]:
+    """The stored name of each canonical tensor, the number of layers, what is no weight, and what the names tell: dialect, GELU, whether of
+    the pipeline code.
 
     Where problems are collected, an unknown tensor keeps its own name, and what is missing is left to `complete`, which lists all of it.
     """
@@ -237,7 +246,8 @@ def _canonical_names(where: Path, names: Iterable[str], overrides: Overrides) ->
         pipeline = False
     num_blocks = 1 + max((index for index in blocks if index is not None), default=-1)
     found = dict(outside)
-    for index in range(num_blocks + (not pipeline)):
+    num_layers = num_blocks + (not pipeline)
+    for index in range(num_layers):
         source = None if index == num_blocks else index
         block = "backbone.top_query_layer" if source is None else f"backbone.blocks.{source}"
         for theirs, ours in _IN_BLOCK.items():
@@ -245,7 +255,7 @@ def _canonical_names(where: Path, names: Iterable[str], overrides: Overrides) ->
                 found[f"transformer.h.{index}.{ours}"] = blocks[source][ours]
             elif overrides.strict:
                 raise InputError(f"{where}: lacks {block}.{theirs}; every layer has {len(_IN_BLOCK)} tensors.")
-    return found, left_out, dialect, gelu, pipeline
+    return found, num_layers, left_out, dialect, gelu, pipeline
 
 
 def _check_layout(where: Path, found: dict[str, str], tensors: dict[str, LazyTensor]) -> None:

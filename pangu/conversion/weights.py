@@ -135,6 +135,7 @@ def complete(
     source: str,
     gelu: str = "tanh",
     final_norm: str = "before_query",
+    num_layers: int = 0,
     described: Mapping[str, Any] | None = None,
     **rest: Any,
 ) -> Weights:
@@ -147,6 +148,7 @@ def complete(
         source: see `Weights.source`.
         gelu: what the format or dialect implies.
         final_norm: likewise.
+        num_layers: how many the names show, where a query layer without tensors would leave no trace in the canonical ones.
         described: what a configuration beside the tensors says, by `ModelConfig` key. A size that the tensors contradict is refused.
         rest: other fields of `Weights`.
 
@@ -155,7 +157,7 @@ def complete(
             problems are collected, if what is there describes no PanGu model.
     """
     described = dict(described or {})
-    sizes = _infer_sizes(where, tensors)
+    sizes = _infer_sizes(where, tensors, num_layers)
     different = [key for key, inferred in sizes.items() if described.get(key, inferred) != inferred]
     overrides.report(
         where, [f"its configuration says {key} = {described[key]}, but its tensors have {sizes[key]}" for key in different], "."
@@ -183,16 +185,16 @@ def complete(
     return Weights(config, present | {name: tensors[name] for name in unknown}, source, **rest)
 
 
-def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
+def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int) -> dict[str, int]:
     """Each size from the first tensor that shows it; one that is missing or has another is found when all are compared. What nothing shows
     is left to the configuration.
     """
     layers = {int(match[1]) for name in tensors if (match := re.match(r"transformer\.h\.(\d{1,4})\.", name))}
     if not layers:
         raise InputError(f"{where}: holds no layers; it is no PanGu model.")
-    num_layers = max(layers) + 1
+    num_layers = max(num_layers, max(layers) + 1)
     if num_layers > len(tensors):
-        raise InputError(f"{where}: holds a layer {max(layers)}, but just {len(tensors)} tensors; it is no PanGu model.")
+        raise InputError(f"{where}: its names are those of {num_layers} layers, but just {len(tensors)} tensors; it is no PanGu model.")
     words, positions, queries = (f"transformer.{name}.weight" for name in ("wte", "wpe", "wqe"))
     widths = [(f"transformer.h.{layer}.mlp.c_fc.bias", 0, 1) for layer in sorted(layers)]
     shown = {  # tensor, its dimension that has the size, and how many dimensions there are

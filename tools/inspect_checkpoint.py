@@ -41,7 +41,7 @@ def main() -> None:
     found = look(arguments.path, format_name=arguments.source, num_heads=arguments.heads)
     if arguments.verify:
         columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("read", total=bytes_to_verify(found))
             verify(found, lambda count: progress.advance(task, count))
     report = found.as_dict(tensors=arguments.tensors)
@@ -69,7 +69,7 @@ def print_report(report: dict[str, Any]) -> None:
         rest = "" if report["verified"] else " in names and shapes; --verify reads the numbers too"
         print(f"NOT SOUND: {count} problem{'s' if count > 1 else ''}{rest}")
     elif report["verified"]:
-        print("sound: everything was read, no problems")
+        print("sound: every weight was read, no problems")
     else:
         print("sound in names and shapes; --verify reads the numbers too")
 

@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 
 from pangu.config import ModelConfig
 from pangu.conversion.mindspore_file import StoredTensor, scan, write_tensor
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions, complete
+from pangu.conversion.weights import LazyTensor, Overrides, States, Weights, WriteOptions, complete
 from pangu.errors import InputError
 
 # Names inside a block, in the order in which MindSpore saves them, and ours.
@@ -79,6 +80,8 @@ _DIALECTS = {
     "word_embedding_table": ("names of mindformers' converter, which renames weights trained with the tanh GELU", "tanh"),
 }
 
+# What its Adam keeps of a parameter, and how torch calls the same.
+_MOMENTS = {"exp_avg": "adam_m.", "exp_avg_sq": "adam_v."}
 _PREFIX = re.compile(r"(?:(?:backbone|network|module)\.)*")
 _BLOCK = re.compile(r"(?:blocks\.(0|[1-9]\d{0,3})|top_query_layer)\.(.+)")
 _NO_WEIGHT = re.compile(
@@ -112,15 +115,32 @@ def read(path: Path, overrides: Overrides) -> Weights:
         step=read_step(stored, path),
         tokenizer=tokenizer_beside(path),
         files=(path,),
+        open_optimizer=partial(_open_optimizer, path, stored) if any(name.startswith("adam_m.") for name in stored) else None,
     )
+
+
+def _open_optimizer(path: Path, stored: Mapping[str, StoredTensor]) -> States:
+    states = {}
+    for state, prefix in _MOMENTS.items():
+        names = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
+        found, *_ = _canonical_names(path, names, Overrides())
+        states[state] = {ours: stored_layout(ours, stored[prefix + name].lazy(path, prefix + name)) for ours, name in found.items()}
+    return states
 
 
 def write(weights: Weights, output: Path, options: WriteOptions) -> None:
     """One .ckpt, byte for byte as MindSpore saves the model; names as in `file_names`."""
+    names = file_names(weights.config)
     with open(output, "wb") as file:
-        for canonical, name in file_names(weights.config).items():
+        for canonical, name in names.items():
             tensor = stored_layout(canonical, weights.tensors[canonical])
             write_tensor(file, name, tensor.read(), options.dtype or tensor.dtype)
+        for state, tensors in weights.optimizer.items():
+            for canonical, name in names.items():
+                tensor = stored_layout(canonical, tensors[canonical])
+                write_tensor(file, _MOMENTS[state] + name, tensor.read(), tensor.dtype)
+        if weights.optimizer and weights.step is not None:
+            write_tensor(file, "global_step", torch.tensor([weights.step], dtype=torch.int32), torch.int32)
 
 
 def file_names(config: ModelConfig) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class LazyTensor:
     """Reads [begin, end) along a dimension, where the format can do that without reading all: (dimension, begin, end)."""
     copies: Callable[[], Iterable[tuple[str, LazyTensor]]] = tuple
     """Where else the source holds the same tensor, which is not read from there: (place in words, tensor as it is stored)."""
+
+
+States = Mapping[str, Mapping[str, LazyTensor]]
+"""What Adam keeps, by state (`exp_avg`, `exp_avg_sq`: running means of the gradient and of its square) and canonical name."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,38 @@ class Weights:
     """What the source consists of, configuration and tokenizer aside."""
     layout: Mapping[str, int] = field(default_factory=dict)
     """How the source is cut: ranks, or training's tensor, pipeline and data sizes and ZeRO stage; empty if it is not."""
+    open_optimizer: Callable[[], States] | None = None
+    """Opens the optimizer's states, where the source has them; one of them is `fp32`, the weights, if `tensors` are rounded."""
+    optimizer: States = field(default_factory=dict)
+    """States that are to be written with the weights."""
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in: that of the word embedding."""
         return self.tensors["transformer.wte.weight"].dtype
+
+    def with_optimizer(self) -> Weights:
+        """The weights in fp32, with the states of the optimizer that trained them.
+
+        Raises:
+            InputError: if the source holds none.
+        """
+        if self.open_optimizer is None:
+            raise InputError(f"{self.source}: holds no optimizer states. Leave --with-optimizer out.")
+        states = dict(self.open_optimizer())
+        masters = states.pop("fp32", self.tensors)
+        return replace(self, tensors={name: masters[name] for name in self.tensors}, optimizer=states)
+
+    def refuse_other(self, model: ModelConfig, where: str) -> None:
+        """Refuse a model that these weights are not the weights of.
+
+        Raises:
+            InputError: beginning with `where`, naming the key that differs.
+        """
+        for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
+            ours, theirs = getattr(model, key), getattr(self.config, key)
+            if ours != theirs:
+                raise InputError(f"{where}: its {key} is {theirs}, but model.{key} = {ours}. Set model.{key}={theirs}.")
 
     def fill(self, local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
         """Write one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`), reading no more than that if the format can."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_ext.sharding import canonical_parameters
 from pangu.conversion.deepspeed import detect, read
-from pangu.conversion.huggingface import write_weights
+from pangu.conversion.export import write_weights
 from pangu.conversion.weights import Overrides, Weights
 from pangu.errors import InputError
 from pangu.training.checkpoint import MANIFEST, Progress, save_checkpoint

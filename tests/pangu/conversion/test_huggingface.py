@@ -29,7 +29,8 @@ from megatron_ext.sharding import ShardSpec, canonical_parameters
 from megatron_ext.topology import Groups, Topology
 from pangu.config import ModelConfig, validate_layout
 from pangu.conversion import huggingface
-from pangu.conversion.huggingface import CONFIG, INDEX, TOKENIZER, write_weights
+from pangu.conversion.export import write_weights
+from pangu.conversion.huggingface import CONFIG, INDEX, TOKENIZER
 from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
 from pangu.errors import InputError
 from pangu.model.model import PanguModel

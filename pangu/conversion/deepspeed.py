@@ -74,6 +74,8 @@ def read(path: Path, overrides: Overrides) -> Weights:
         step=step if type(step) is int and step > 0 else None,
         left_out=tuple(sorted(checkpoint.sizes.keys() - checkpoint.opened)),
         tokenizer=exported if exported.is_file() else None,
+        files=tuple(checkpoint.folder / name for name in sorted(checkpoint.sizes)),
+        layout={"tensor": layout["tensor"], "pipeline": layout["pipeline"], "data": layout["data"], "zero_stage": layout["zero"]},
         open_optimizer=partial(_open_optimizer, checkpoint.folder),
     )
 
@@ -123,7 +125,12 @@ class Checkpoint:
         return root
 
 
-def _locate(path: Path) -> Path:
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one in it.
+
+    Raises:
+        InputError: if there is none.
+    """
     if (path / MANIFEST).is_file():
         return path
     for folder in (path, path / "checkpoints"):
@@ -138,7 +145,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: if there is none, or its manifest is not one.
     """
-    folder = _locate(path)
+    folder = locate(path)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         identity = manifest["identity"]

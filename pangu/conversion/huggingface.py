@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
     values = _read_object(path / CONFIG)
     described = _describe(path / CONFIG, values)
     ours = "final_norm" in values  # which no other tool writes
-    stored, container = _open_files(path)
+    stored, container, files = _open_files(path, overrides)
     tensors: dict[str, LazyTensor] = {}
     left_out: list[str] = []
     remarks = [] if ours else ["published by others"]
@@ -99,20 +100,24 @@ def read(path: Path, overrides: Overrides) -> Weights:
         if _BUFFER.fullmatch(canonical):
             left_out.append(name)
         elif canonical in tensors:
-            raise InputError(f"{path}: holds {canonical} twice, once as {name}.")
+            overrides.report(path, [f"holds {canonical} twice, once as {name}"], ".")
         else:
             tensors[canonical] = tensor
     if any(".out_proj." in name for name in stored):
         remarks.append("attn.out_proj read as attn.c_proj")
     if _HEAD in tensors and _WORDS in tensors:
-        if not _equal(tensors[_HEAD], tensors[_WORDS]):
+        head = tensors.pop(_HEAD)
+        left_out.append(_HEAD)
+        if not overrides.strict:  # it need not be read to see what is there
+            tensors[_WORDS] = replace(tensors[_WORDS], copies=lambda: [(_HEAD, head)])
+            remarks.append(f"{_HEAD} stored too")
+        elif _equal(head, tensors[_WORDS]):
+            remarks.append(f"{_HEAD} equal to {_WORDS}, left out")
+        else:
             raise InputError(
                 f"{path}: {_HEAD} differs from {_WORDS}. PanGu-α's output layer is the word embedding; a model whose output layer was "
                 "trained apart is another model, which no other format can hold."
             )
-        del tensors[_HEAD]
-        left_out.append(_HEAD)
-        remarks.append(f"{_HEAD} equal to {_WORDS}, left out")
     rows = tensors[_WORDS].shape[0] if _WORDS in tensors and tensors[_WORDS].shape else 0
     if not ours and rows in _PADDED_VOCABULARIES - {VOCAB_SIZE}:
         tensors[_WORDS] = _first_rows(tensors[_WORDS], VOCAB_SIZE)
@@ -126,10 +131,12 @@ def read(path: Path, overrides: Overrides) -> Weights:
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{path}: {name} is {kind}; expected floating point. Quantised weights cannot be converted.")
+            overrides.report(path, [f"{name} is {kind}; expected floating point"], ". Quantised weights cannot be converted.")
     tokenizer = path / TOKENIZER if (path / TOKENIZER).is_file() else None
     source = "; ".join([f"HuggingFace directory ({container})", *remarks])
-    return complete(path, tensors, overrides, source=source, described=described, left_out=tuple(left_out), tokenizer=tokenizer)
+    return complete(
+        path, tensors, overrides, source=source, described=described, left_out=tuple(left_out), tokenizer=tokenizer, files=tuple(files)
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -187,20 +194,27 @@ def _canonical_name(name: str, *, base: bool) -> str:
     return name.replace(".attn.out_proj.", ".attn.c_proj.")
 
 
-def _open_files(path: Path) -> tuple[dict[str, LazyTensor], str]:
-    """Every stored tensor by its own name, and what kind of files they are in."""
+def _open_files(path: Path, overrides: Overrides) -> tuple[dict[str, LazyTensor], str, list[Path]]:
+    """Every stored tensor by its own name, what kind of files they are in, and which."""
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if (path / index).exists():
             tensors: dict[str, LazyTensor] = {}
-            for file, names in _read_index(path / index, Path(single).suffix).items():
-                found = _open_file(file)
-                for name in names:
-                    if name not in found:
-                        raise InputError(f"{file}: lacks {name}, which {index} says it holds. Copy or convert the weights again.")
-                    tensors[name] = found[name]
-            return tensors, Path(single).suffix.removeprefix(".")
+            files = _read_index(path / index, Path(single).suffix)
+            for file, names in files.items():
+                try:
+                    found = _open_file(file)
+                except InputError as error:
+                    if overrides.problems is None:
+                        raise
+                    overrides.problems.append(str(error))
+                    continue
+                absent = [name for name in names if name not in found]
+                if absent and overrides.strict:
+                    raise InputError(f"{file}: lacks {absent[0]}, which {index} says it holds. Copy or convert the weights again.")
+                tensors |= {name: found[name] for name in names if name in found}
+            return tensors, Path(single).suffix.removeprefix("."), list(files)
         if (path / single).exists():
-            return _open_file(path / single), Path(single).suffix.removeprefix(".")
+            return _open_file(path / single), Path(single).suffix.removeprefix("."), [path / single]
     raise InputError(f"{path / SINGLE}: cannot be read: there is neither it nor {INDEX}, {BIN_SINGLE} or {BIN_INDEX}.")
 
 
@@ -275,7 +289,10 @@ def _equal(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def _first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
-    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:count], tensor.read_part)
+    def copies() -> list[tuple[str, LazyTensor]]:
+        return [(place, _first_rows(copy, count)) for place, copy in tensor.copies()]
+
+    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:count], tensor.read_part, copies)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pangu.errors import InputError
 from pangu.files import sync, write_durably
 from pangu.model.pipeline import quiet
 from pangu.training.engine import TrainingEngine
-from pangu.training.manifest import LATEST, MANIFEST, complete_steps, sha256, step_name, step_number
+from pangu.training.manifest import LATEST, MANIFEST, complete_steps, file_problem, sha256, step_name, step_number
 from pangu.training.reshard import load_resharded
 
 
@@ -172,13 +172,7 @@ def _problem_of(path: Path, world: Group) -> str | None:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no readable {MANIFEST}, so it is not a complete checkpoint"
-    for name in sorted(files)[world.rank :: world.size]:
-        file = path / name
-        if not file.is_file() or file.stat().st_size != files[name]["bytes"]:
-            return f"{name} is missing or has not its {files[name]['bytes']:,} bytes"
-        if sha256(file) != files[name]["sha256"]:
-            return f"{name} has changed since it was written: its sha256 differs"
-    return None
+    return next(filter(None, (file_problem(path / name, files[name]) for name in sorted(files)[world.rank :: world.size])), None)
 
 
 def _differences(found: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 MANIFEST, LATEST = "manifest.json", "latest"
 STEP = re.compile(r"step_(\d{8,})")
@@ -47,3 +48,12 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
+
+
+def file_problem(file: Path, described: dict[str, Any]) -> str | None:
+    """What is wrong with one file of a checkpoint, or None; `described` is what the manifest says of it."""
+    if not file.is_file() or file.stat().st_size != described["bytes"]:
+        return f"{file.name} is missing or has not its {described['bytes']:,} bytes"
+    if sha256(file) != described["sha256"]:
+        return f"{file.name} has changed since it was written: its sha256 differs"
+    return None

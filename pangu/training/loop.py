@@ -27,7 +27,7 @@ from pangu.data.build import build_datasets
 from pangu.data.sampler import Sampler
 from pangu.errors import InputError
 from pangu.tokenizer import PanguTokenizer
-from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint
 from pangu.training.engine import StepResult, TrainingEngine
 from pangu.training.metrics import Metrics
 from pangu.training.report import flops_per_token, print_report
@@ -84,6 +84,7 @@ def run_training(config: Config) -> None:
     initial_weights = _initial_weights(config)
     accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
     groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
+    claim = claim_directory(config, groups.world)
     checkpoint = find_checkpoint(config, groups.world)
     engine = TrainingEngine(config, groups, initial_weights)
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
@@ -110,6 +111,8 @@ def run_training(config: Config) -> None:
             metrics.close()
     barrier(groups.world)
     shutdown()
+    if claim:
+        claim.close()
 
 
 def _train(
@@ -123,6 +126,8 @@ def _train(
     """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
     train, groups = config.train, engine.groups
     stop = StopRequest()
+    stopped_by = 0
+    saver = CheckpointSaver(engine)
     saved_step = progress.step
     batches = _batches(config, engine, training, progress.consumed_samples)
     peak = accelerator.peak_flops()
@@ -154,11 +159,14 @@ def _train(
         stopped_by = int(all_reduce_max(torch.tensor(stop.received), groups.world))
         due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
         if due or stopped_by or progress.step == train.steps:
-            save_checkpoint(engine, progress)
+            saver.save(progress)
             saved_step = progress.step
+        else:
+            saver.poll()
         if stopped_by and progress.step < train.steps:
-            return signal.Signals(stopped_by).name
-    return None
+            break
+    saver.finish()
+    return signal.Signals(stopped_by).name if stopped_by and progress.step < train.steps else None
 
 
 def _figures(

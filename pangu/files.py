@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from pangu.errors import InputError
+
+MAX_JSON_BYTES = 4 * 2**20
+"""Of a file that is parsed whole: more than ten times the largest index or manifest. Parsed, it may be thirty times as large."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file from elsewhere for reading.
+
+    Raises:
+        OSError: also if it is no ordinary file: a pipe would be waited for, and a device never ends.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no ordinary file")
+    return os.fdopen(descriptor, "rb")
+
+
+def load_json(path: Path) -> Any:
+    """What a JSON file from elsewhere holds.
+
+    Raises:
+        OSError: see `open_file`.
+        ValueError: if it is no JSON, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
+    """
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {MAX_JSON_BYTES:,} expected")
+        text = file.read(size)
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def sync(path: Path) -> None:
@@ -33,18 +75,58 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Let one process at a time make a file or directory: while it does, there is an empty `NAME.lock` beside it.
+
+    The kernel holds the lock, and drops it when a process ends, however it ends. What a killed one leaves is taken over by the next.
+
+    Raises:
+        InputError: if another process has it.
+        OSError: if no file can be made there.
+    """
+    beside = path.with_name(path.name + ".lock")
+    while True:
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if beside.exists() and os.path.samestat(os.fstat(descriptor), os.stat(beside)):
+                break  # or else its last owner has just removed it, and it locks nothing
+        except BlockingIOError:
+            raise InputError(f"{path}: another process is writing it. Wait until it is done, or name another output.") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        beside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def publish(partial: Path, final: Path) -> None:
     """Give a finished file or directory its name, in place of what had it; only what is on the disk is named.
 
-    A kill in between leaves the replaced one as `NAME.replaced`.
+    A file takes the place of a file in one step. For directories there is no such step: a kill in between leaves the old one as
+    `NAME.replaced`, and `recover` brings it back.
     """
     for entry in sorted(partial.rglob("*")) if partial.is_dir() else []:
         sync(entry)
     sync(partial)
-    replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
+    replaced = _replaced(final)
+    if final.exists() and (final.is_dir() or partial.is_dir()):
         remove(replaced)
         os.rename(final, replaced)
-    os.rename(partial, final)
+    os.replace(partial, final)
     sync(final.parent)
     remove(replaced)
+
+
+def recover(final: Path) -> None:
+    """Bring back what a killed `publish` has moved away and not replaced."""
+    if not final.exists() and _replaced(final).exists():
+        os.rename(_replaced(final), final)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(final.name + ".replaced")

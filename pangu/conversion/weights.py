@@ -21,6 +21,8 @@ from pangu.config import ModelConfig
 from pangu.errors import InputError
 from pangu.model.model import PanguModel
 
+MAX_LAYERS, MAX_EXTENT = 512, 2**30
+"""Bounds that no model comes near: to build one, if only its shapes, costs a millisecond and 100 kB a layer."""
 VOCAB_SIZE = 40000
 """Rows of the published vocabulary; a table with more of them that the source's tool padded is cut to it."""
 
@@ -126,6 +128,9 @@ def complete(
         InputError: naming the tensor that is missing, unknown or of the wrong shape, or the size that disagrees.
     """
     described = dict(described or {})
+    for name, tensor in tensors.items():
+        if not all(0 < extent < MAX_EXTENT for extent in tensor.shape):
+            raise InputError(f"{where}: {name} has shape {list(tensor.shape)}; no weight has.")
     sizes = _infer_sizes(where, tensors)
     for key, inferred in sizes.items():
         if described.get(key, inferred) != inferred:
@@ -140,6 +145,7 @@ def complete(
     values["final_norm"] = overrides.final_norm or described.get("final_norm", final_norm)
     try:
         config = ModelConfig.model_validate(values)
+        check_sizes(config)
     except ValueError as error:
         raise InputError(f"{where}: {_first_problem(error)}") from None
     specs = model_specs(config)
@@ -164,6 +170,10 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, in
     layers = {int(match[1]) for name in tensors if (match := re.match(r"transformer\.h\.(\d{1,4})\.", name))}
     if not layers:
         raise InputError(f"{where}: holds no layers; it is no PanGu model.")
+    if 16 * (max(layers) + 1) > len(tensors):
+        raise InputError(
+            f"{where}: holds tensors of layer {max(layers)}, but just {len(tensors)} in all; {max(layers) + 1} layers have more."
+        )
     vocab_size, hidden = shape("transformer.wte.weight", 2)
     return {
         "num_layers": max(layers) + 1,
@@ -172,6 +182,19 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, in
         "max_positions": shape("transformer.wpe.weight", 2)[0],
         "ffn_hidden_size": shape("transformer.h.0.mlp.c_fc.weight", 2)[0],
     }
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """Refuse a model that would cost memory or time by its description alone.
+
+    Raises:
+        ValueError: if a size is out of all proportion.
+    """
+    if config.num_layers > MAX_LAYERS:
+        raise ValueError(f"{config.num_layers} layers, at most {MAX_LAYERS} expected")
+    for key in ("hidden_size", "vocab_size", "max_positions", "ffn_hidden_size"):
+        if getattr(config, key) >= MAX_EXTENT:
+            raise ValueError(f"{key} = {getattr(config, key):.3g}, less than {MAX_EXTENT:,} expected")
 
 
 def _first_problem(error: ValueError) -> str:

@@ -9,7 +9,6 @@ from functools import wraps
 
 from megatron_ext.topology import LayoutError
 
-
 MAX_LINE = 3000
 """Characters of a message, many more than any needs; names and values that it quotes from a file may be of any length."""
 

@@ -19,7 +19,7 @@ import pytest
 from pangu.errors import InputError
 
 ADDRESS_SPACE = 96 * 2**20
-"""What a process may grow by while it reads, beside twice the size of its input. Everything counts: Python, torch, numpy, Rust, mappings."""
+"""What a process may grow by while it reads, beside twice the size of its input. All counts: Python, torch, numpy, Rust, mappings."""
 SECONDS = 10
 
 

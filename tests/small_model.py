@@ -1,26 +1,73 @@
-"""A small model in memory, to be written in any format."""
+"""A small model all of whose parameters matter, and a tokenizer whose text is its ids, for tests of generation and scoring."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from megatron_ext.context import Fill, ParallelContext
+from megatron_ext.initialize import random_weights
+from megatron_ext.sharding import Init, ShardSpec, canonical_parameters
+from megatron_ext.topology import SINGLE, Group, Groups, Topology
 from pangu.config import ModelConfig
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, complete, model_specs
+from pangu.conversion.huggingface import write_weights
+from pangu.model.model import PanguModel
+
+# Divides by neither 2 nor 4, and the model has 11 ids that the tokenizer lacks.
+VOCAB, TOKENIZER_VOCAB, WINDOW = 101, 90, 24
 
 
-def small_weights(seed: int = 5, **sizes: int) -> Weights:
-    """Weights with random values; `sizes` by `ModelConfig` key."""
-    config = ModelConfig(**{"num_layers": 2, "hidden_size": 4, "num_heads": 2, "vocab_size": 12, "max_positions": 3, **sizes})
-    generator = torch.Generator().manual_seed(seed)
-    values = {name: torch.randn(spec.shape, generator=generator) for name, spec in model_specs(config).items()}
-    tensors = {name: LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value) for name, value in values.items()}
-    return complete(Path("memory"), tensors, Overrides(num_heads=config.num_heads), source="made here")
+def sharp_weights(seed: int) -> Fill:
+    """Every parameter normal and so large that the next token depends on all of them, on the position most of all: no text repeats."""
+
+    def fill(local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
+        if len(spec.shape) == 1:
+            deviation = 0.1
+        elif ".h." in spec.name:
+            deviation = spec.shape[1] ** -0.5
+        else:
+            deviation = 0.5 if "wte" in spec.name else 2.0
+        random_weights(seed)(local, replace(spec, init=Init("normal", deviation)), rank, size)
+        if ".ln_" in spec.name and spec.name.endswith("weight"):
+            local.add_(1.0)
+
+    return fill
 
 
-def equal(one: Weights, other: Weights) -> bool:
-    """Whether two models have the same tensors, bit for bit."""
-    return one.tensors.keys() == other.tensors.keys() and all(
-        torch.equal(tensor.read(), other.tensors[name].read()) for name, tensor in one.tensors.items()
-    )
+def small_config(**changes: Any) -> ModelConfig:
+    """Two layers and a query layer."""
+    sizes = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "vocab_size": VOCAB, "max_positions": WINDOW}
+    return ModelConfig(**{**sizes, **changes})
+
+
+def small_model(group: Group = SINGLE, **changes: Any) -> PanguModel:
+    """The small model, or a rank's slice of it."""
+    return PanguModel(small_config(**changes), ParallelContext(tensor=group, fill=sharp_weights(3))).eval()
+
+
+def write_model(path: Path, tokenizer: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    """Write the small model as a weights directory."""
+    model = small_model(**changes).to(dtype)
+    parameters = ((spec, partial(nullcontext, parameter)) for spec, parameter in canonical_parameters(model))
+    groups = Groups.describe(Topology(tensor=1, pipeline=1, data=1), 0)
+    write_weights(path, model.config, groups, parameters, tokenizer=tokenizer)
+
+
+class NumberTokenizer:
+    """ "3 14 15" is [3, 14, 15]."""
+
+    path = Path("numbers")
+    vocab_size = TOKENIZER_VOCAB
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(map(str, ids))

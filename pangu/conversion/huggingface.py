@@ -31,7 +31,7 @@ from pangu.conversion import torch_file
 from pangu.conversion.torch_file import StoredTensor
 from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
-from pangu.files import open_file, publish, load_json, remove
+from pangu.files import load_json, open_file, publish, remove
 from pangu.tokenizer import EOT, MASK, PAD, SEP, UNK
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"

@@ -89,10 +89,10 @@ def open_array(path: Path) -> LazyTensor:
         raise InputError(f"{path}: is no .npy file ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from None
     if dtype not in _DTYPES:
         raise InputError(f"{path}: is of type {dtype}, expected little-endian float16, float32 or float64.")
-    if not all(type(extent) is int and 0 <= extent <= size for extent in shape):
-        raise InputError(f"{path}: has a shape that is none, or larger than the file of {size:,} bytes. Copy it again.")
+    if len(shape) > MAX_DIMS or not all(type(extent) is int and abs(extent) < 2**62 for extent in shape):
+        raise InputError(f"{path}: has a shape that no array has. Copy it again.")
     expected = math.prod(shape) * dtype.itemsize
-    if len(shape) > MAX_DIMS or size - begin != expected:
+    if min(shape, default=1) < 0 or size - begin != expected:
         raise InputError(f"{path}: holds {size - begin:,} bytes of data, {dtype} {list(shape)} needs {expected:,}. Copy it again.")
     name = path.name.removesuffix(".npy")
     torch_dtype = _DTYPES[dtype]

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from whole_model import equal, small_weights
 
 from pangu import files
 from pangu.conversion.convert import convert
 from pangu.conversion.formats import FORMATS, open_weights
 from pangu.conversion.weights import Overrides, WriteOptions
 from pangu.errors import InputError
-from small_model import equal, small_weights
 from tools.convert_checkpoint import main
 
 ROOT = Path(__file__).parents[2]

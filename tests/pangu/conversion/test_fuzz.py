@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bounded import bounded, read_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from bounded import bounded, read_all
-from megatron_ext.context import ParallelContext
 from mindspore_bytes import field, strategy, varint
+from whole_model import small_weights
+
+from megatron_ext.context import ParallelContext
 from pangu.config import ModelConfig
 from pangu.conversion import formats, mindspore_file, mindspore_shards, torch_file
 from pangu.conversion.convert import convert
@@ -34,7 +35,6 @@ from pangu.conversion.torch_pickle import _OPERATIONS, Machine, PickleError
 from pangu.conversion.weights import LazyTensor, Overrides, WriteOptions
 from pangu.model.model import PanguModel
 from pangu.training.checkpoint import MANIFEST
-from small_model import small_weights
 
 EXAMPLES = int(os.environ.get("PANGU_FUZZ_EXAMPLES", "0"))
 CONFIG = ModelConfig(num_layers=2, hidden_size=4, num_heads=2, vocab_size=12, max_positions=3)
@@ -367,7 +367,7 @@ def test_spoilt_originals(name: str, shared: Path, scratch: Path) -> None:
                 layout.slices()
         return []
 
-    @fuzz(0.15)
+    @fuzz(0.08)
     @given(EDITS)
     def check(edits: list[Edit]) -> None:
         data = original

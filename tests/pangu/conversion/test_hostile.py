@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from bounded import bounded, refusal
 from mindspore_bytes import field, value
+from safetensors.torch import save_file
+from whole_model import small_weights
+
 from pangu.conversion import formats, huggingface, mindspore_file, npy, torch_file
 from pangu.conversion.convert import convert
 from pangu.conversion.torch_pickle import Machine, PickleError
 from pangu.conversion.weights import LazyTensor, Overrides, WriteOptions, complete
 from pangu.errors import InputError
 from pangu.training.checkpoint import MANIFEST
-from small_model import small_weights
 
 HEADS = Overrides(num_heads=2)
 

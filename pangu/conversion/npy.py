@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ def open_array(path: Path) -> LazyTensor:
         InputError: if it is no whole .npy of floating point. Nothing in it is ever unpickled.
     """
     try:
-        with open_file(path) as file:
+        with open_file(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd headers: the line below is enough
             head = io.BytesIO(file.read(_HEADER_BYTES))
             size = file.seek(0, 2)
             version = np.lib.format.read_magic(head)

@@ -490,7 +490,7 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"QK\0K\x04\x85K\x0
 PROGRAMS = st.lists(st.one_of(opcodes(), st.sampled_from([STORAGE + b"Q", TENSOR, b"]", b"(", b"K\x01", b")", b"}"])), max_size=60)
 
 
-@fuzz(3)
+@fuzz(2)
 @given(PROGRAMS)
 def test_pickles_of_any_instructions(scratch: Path, program: list[bytes]) -> None:
     data = b"\x80\x02" + b"".join(program) + b"."

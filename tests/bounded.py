@@ -29,6 +29,10 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+class TooSlow(BaseException):
+    """Not TimeoutError, which is an OSError: a reader would make a refusal of it."""
+
+
 @contextmanager
 def bounded(size: int, slack: int = 2**20) -> Iterator[None]:
     """Fails what takes more than `SECONDS`, or more memory than twice `size`.
@@ -45,7 +49,7 @@ def bounded(size: int, slack: int = 2**20) -> Iterator[None]:
     traced = tracemalloc.get_traced_memory()[0]
 
     def too_slow(*_: Any) -> None:
-        raise TimeoutError(f"still reading after {SECONDS} s")
+        raise TooSlow(f"still reading after {SECONDS} s")
 
     handler = signal.signal(signal.SIGALRM, too_slow)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)

@@ -84,14 +84,20 @@ def run_training(config: Config) -> None:
     initial_weights = _initial_weights(config)
     accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
     groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
-    claim = claim_directory(config, groups.world)
+    with claim_directory(config, groups.world):
+        _run(config, groups, initial_weights, training, validation)
+    shutdown()
+
+
+def _run(config: Config, groups: Groups, initial_weights: Fill, training: BlendedDataset, validation: BlendedDataset | None) -> None:
+    """Resume or start, train, and write the weights."""
     checkpoint = find_checkpoint(config, groups.world)
     engine = TrainingEngine(config, groups, initial_weights)
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
-    if is_first:
+    if groups.world.rank == 0:
         config.run.dir.mkdir(parents=True, exist_ok=True)
         (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    metrics = Metrics(config, progress.step) if is_first else None
+    metrics = Metrics(config, progress.step) if groups.world.rank == 0 else None
     if metrics:
         start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
         metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
@@ -110,9 +116,6 @@ def run_training(config: Config) -> None:
         if metrics:
             metrics.close()
     barrier(groups.world)
-    shutdown()
-    if claim:
-        claim.close()
 
 
 def _train(

@@ -18,10 +18,12 @@ from distributed.layouts import random_batches, small_config, start
 from harness import RankError, run_distributed
 
 from megatron_ext.topology import SINGLE
+from pangu.config import Config
 from pangu.errors import InputError
 from pangu.training import checkpoint as saving
 from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint, save_checkpoint
 from pangu.training.checkpoint_writer import FileWriter
+from pangu.training.engine import TrainingEngine
 from pangu.training.manifest import LATEST, MANIFEST
 from pangu.training.schedule import learning_rate
 
@@ -33,7 +35,11 @@ def train(directory: str, parallel: dict[str, Any], save_at: list[int], num_step
     """Claim the directory, resume if there is a checkpoint, train and save; (step, loss, norm) of each step as bits."""
     config = small_config(model=DROPOUT, parallel=parallel, checkpoint={"dir": directory, **(checkpoint or {})})
     engine = start(config)
-    claim = claim_directory(config, engine.groups.world)
+    with claim_directory(config, engine.groups.world):
+        return claimed(config, engine, save_at, num_steps)
+
+
+def claimed(config: Config, engine: TrainingEngine, save_at: list[int], num_steps: int) -> Bits:
     found = find_checkpoint(config, engine.groups.world)
     progress = load_checkpoint(engine, found) if found else Progress()
     batches = random_batches(config, engine.groups, first_step=progress.step)
@@ -48,8 +54,6 @@ def train(directory: str, parallel: dict[str, Any], save_at: list[int], num_step
         else:
             saver.poll()
     saver.finish()
-    if claim:
-        claim.close()
     return results
 
 
@@ -288,9 +292,9 @@ import sys
 from distributed.layouts import small_config
 from megatron_ext.topology import SINGLE
 from pangu.training.checkpoint import claim_directory
-held = claim_directory(small_config(checkpoint={"dir": sys.argv[1]}), SINGLE)
-print("held", flush=True)
-sys.stdin.read()
+with claim_directory(small_config(checkpoint={"dir": sys.argv[1]}), SINGLE):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -300,15 +304,15 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         (tmp_path / "run/step_00000005.partial").mkdir()  # the other one is writing it
-        with pytest.raises(InputError, match=f"in use by process {other.pid} on "):
-            claim_directory(config, SINGLE)
+        with pytest.raises(InputError, match=f"run: process {other.pid} on .* is writing it"), claim_directory(config, SINGLE):
+            pass
         assert (tmp_path / "run/step_00000005.partial").is_dir()
     finally:
         other.kill()  # without a chance to tidy up
         other.communicate()
-    claim = claim_directory(config, SINGLE)
-    assert claim is not None and not (tmp_path / "run/step_00000005.partial").exists()
-    claim.close()
+    with claim_directory(config, SINGLE):
+        assert not (tmp_path / "run/step_00000005.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # --- in the background -------------------------------------------------------------------------------------------------------------------

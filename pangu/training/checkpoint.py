@@ -69,6 +69,8 @@ def start_save(engine: TrainingEngine, progress: Progress, *, background: bool =
     _together(prepare, world, f"{root}: cannot be prepared for a checkpoint")
     writer = FileWriter(engine.engine.checkpoint_engine, background=background)
     own, engine.engine.checkpoint_engine = engine.engine.checkpoint_engine, writer
+    # The first rank alone would copy scripts beside the checkpoints, and fail alone; tools/convert_checkpoint.py does what they do.
+    engine.engine._copy_recovery_script = lambda folder: None
     try:
         engine.engine.save_checkpoint(str(root), tag=partial.name, client_state={"progress": asdict(progress)}, save_latest=False)
     finally:

@@ -106,7 +106,12 @@ def _copied(value: Any, copies: dict[int, Any], always_copy: bool) -> Any:
         if key not in copies:
             copies[key] = storage.clone() if storage.device.type == "cpu" else storage.cpu()
         copied = torch.empty(0, dtype=value.dtype).set_(copies[key], value.storage_offset(), value.shape, value.stride())
-        return nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied.requires_grad_(value.requires_grad)
+        copied = (
+            nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied.requires_grad_(value.requires_grad)
+        )
+        # What DeepSpeed has pinned to a tensor is written with it.
+        vars(copied).update({name: on_host(item, copies, always_copy=always_copy) for name, item in vars(value).items()})
+        return copied
     if isinstance(value, dict):
         mapping = copy.copy(value)  # an OrderedDict of a module carries an attribute
         for key, item in value.items():

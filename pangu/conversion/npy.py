@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pangu.conversion.blocks import blocks
 from pangu.conversion.mindspore import assemble, file_names, stored_layout, tokenizer_beside
-from pangu.conversion.mindspore_file import StoredTensor, blocks
+from pangu.conversion.mindspore_file import StoredTensor
 from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions
 from pangu.errors import InputError
 

@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.machine import Usage, watch
 from rich.table import Table
 
+from benchmarks.machine import Usage, watch
 from pangu.errors import InputError
 from pangu.files import remove, sync
 from pangu.presets import MODEL_PRESETS
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, metavar="N", help="its layers, query layer included; default: the preset's")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="of the weights (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, metavar="K", help="of each copy and conversion (default: %(default)s)")
-    parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="on the disk to measure (default: the current directory)")
+    parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="on the disk to measure (default: this directory)")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _measure(folder: Path, weights: Weights, repeats: int) -> tuple[dict[str, An
     return ours, copies
 
 
-def _run(command: list[str | Path], refused: str = "") -> Usage:
+def _run(command: Sequence[object], refused: str = "") -> Usage:
     """A conversion that is done, or refused with these words."""
     usage = watch(command)
     if usage.exit_code != (2 if refused else 0) or refused not in usage.errors:

@@ -38,8 +38,8 @@ class Usage:
     """Its standard error."""
 
 
-def watch(command: Sequence[str | Path]) -> Usage:
-    """Run a program and look at its memory a hundred times a second.
+def watch(command: Sequence[object]) -> Usage:
+    """Run a program, given in words and paths, and look at its memory a hundred times a second.
 
     `getrusage` is not asked: a child's `ru_maxrss` begins with what its parent had when it started it.
 

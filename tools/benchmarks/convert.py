@@ -217,13 +217,13 @@ def table(result: dict[str, Any]) -> Table:
     """The result for people: a column for each conversion."""
     model, ours, copies, ratios = result["model"], result["ours"], result["peers"]["copy"], result["ratios"]
     table = Table(
-        title=f"{model['preset']}, {model['layers']} layers, {model['dtype']}: {model['bytes'] / 1e9:.2f} GB, "
+        title=f"{model['preset']}, num_layers {model['layers']}, {model['dtype']}: {model['bytes'] / 1e9:.2f} GB, "
         f"largest tensor {model['largest_tensor_bytes'] / 1e6:,.0f} MB\nthe round trip gives the same bytes",
         caption=result["device"],
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for step in ours:
-        table.add_column(step, justify="right")
+        table.add_column(step.replace(" -> ", "\n-> "), justify="right", no_wrap=True)
     table.add_row("seconds", *(f"{ours[step]['seconds']:.1f}" for step in ours))
     table.add_row("copy, seconds", *(f"{copies[step]['seconds']:.1f}" for step in ours))
     table.add_row("speed of copying", *(f"{ratios[f'speed, {step}']:.2f}x" for step in ours))
@@ -232,7 +232,7 @@ def table(result: dict[str, Any]) -> Table:
         ("peak resident, MB", "peak_bytes"),
         ("import baseline, MB", "baseline_bytes"),
         ("over the baseline, MB", "over_baseline_bytes"),
-        ("of it no file's pages, MB", "anonymous_over_baseline_bytes"),
+        ("of it no file's, MB", "anonymous_over_baseline_bytes"),
     ):
         table.add_row(name, *(f"{ours[step][key] / 1e6:,.0f}" for step in ours))
     return table

@@ -30,7 +30,7 @@ class Usage:
 
     seconds: float
     peak_bytes: int
-    """Most memory it had resident, pages of mapped files included: `VmHWM`, which the kernel keeps and no sampling misses."""
+    """Most memory it had resident, pages of mapped files included: `VmHWM`, a mark that the kernel keeps."""
     anonymous_bytes: int
     """Most memory of its own, without pages of files, which the kernel may take back: the highest `RssAnon` that was seen."""
     exit_code: int

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,13 @@ class Progress:
     """How far a run is. The sampler's whole state is `consumed_samples`."""
 
     step: int = 0
-    """Optimizer steps taken, those that fp16 skipped included."""
+    """Optimizer steps taken, skipped ones included."""
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last good steps, oldest first (pangu.training.anomalies)."""
+    bad_steps: int = 0
+    """Bad steps since the last good one."""
 
 
 def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:

@@ -61,7 +61,7 @@ def digest(tensor: Tensor) -> Tensor:
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     places = torch.arange(min(_CHUNK, len(bits)), device=bits.device, dtype=torch.int64) * _MULTIPLIER
     weights = (places ^ (places >> 29)) * _MULTIPLIER ^ (places >> 32) | 1
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    total = torch.full((), len(bits), dtype=torch.int64, device=bits.device)
     for chunk in bits.split(_CHUNK):
         total = total * _MULTIPLIER + (chunk.to(torch.int64) * weights[: len(chunk)]).sum()
     return total
@@ -92,7 +92,7 @@ def find_differences(replicas: Sequence[Replica], world: Group, device: torch.de
 
 def _unequal(digests: Sequence[Tensor | None], group: Group, world: Group, device: torch.device) -> Tensor:
     """Whether any of the digests differs in the group (bool scalar on `device`)."""
-    nothing = torch.tensor(_NOTHING, device=device)
+    nothing = torch.full((), _NOTHING, dtype=torch.int64, device=device)
     lowest = torch.stack([nothing if value is None else ~value for value in digests])  # the maximum of ~x is ~ of the minimum of x
     highest = torch.stack([nothing if value is None else value for value in digests])
     both = torch.stack([highest, lowest])
@@ -117,16 +117,18 @@ def _explain(replicas: Sequence[Replica], digests: dict[int, int], world: Group,
             spreads[key] = _spread(replica, shape, world, device)
     known = {key: spread for of_rank in all_gather_objects(spreads, world) for key, spread in of_rank.items()}
 
-    # A parameter may differ over its data-parallel and its tensor-parallel group: all ranks that must agree on it are one set.
+    # A parameter may be compared over two groups, the data-parallel and the tensor-parallel: all ranks that must agree on it are one set.
     sets: list[tuple[str, dict[int, int], float | None]] = []
-    for name, ranks in different:
-        values = {rank: value for rank, (value, _) in holders[name, ranks].items()}
-        spread = known.get((name, ranks))
+    names = {name for name, _ in different}
+    for (name, ranks), by_rank in holders.items():
+        values, spread = {rank: value for rank, (value, _) in by_rank.items()}, known.get((name, ranks))
         for other in [entry for entry in sets if entry[0] == name and entry[1].keys() & values.keys()]:
             sets.remove(other)
             values |= other[1]
             spread = max(filter(None, (spread, other[2])), default=None)
-        sets.append((name, values, spread))
+        if name in names:
+            sets.append((name, values, spread))
+    sets = [entry for entry in sets if len(set(entry[1].values())) > 1]
     lines = [_line(*entry) for entry in sets]
     return lines[:_MOST_NAMED] + ([f"and {len(lines) - _MOST_NAMED} more"] if len(lines) > _MOST_NAMED else [])
 

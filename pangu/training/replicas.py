@@ -90,5 +90,5 @@ def _of_stage_3(parameters: list[tuple[ShardSpec, Any]], engine: TrainingEngine)
     ]
     return [
         *(Replica(spec.name, groups.data, tensor) for spec, tensor in whole),
-        *(Replica(spec.name, groups.tensor, tensor) for spec, tensor in shards),
+        *(Replica(f"{spec.name} (shard)", groups.tensor, tensor) for spec, tensor in shards),
     ]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import run_distributed
@@ -13,8 +19,11 @@ from layouts import random_batches, small_config, start
 
 from megatron_ext.collectives import world_rank, world_size
 from megatron_ext.sharding import canonical_parameters
-from pangu.training.anomalies import fault_of
-from pangu.training.engine import TrainingEngine
+from pangu.config import validate_layout
+from pangu.data.indexed import IndexedDatasetWriter
+from pangu.errors import InputError
+from pangu.training.anomalies import MAX_ROLLBACKS, MAX_SKIPPED, MIN_HISTORY, Policy, decide, fault_of, loss_limit
+from pangu.training.engine import StepResult, TrainingEngine
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one process, no ZeRO": (1, {"zero_stage": 0}, {}),
@@ -143,3 +152,173 @@ def test_no_fault_reaches_the_weights(layout: str) -> None:
     expected = run_distributed(without, world_size, parallel, section)
     assert run_distributed(with_faults, world_size, parallel, section) == expected
     assert all(losses == expected[0] for losses in expected)
+
+
+def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, float]) -> tuple[list[dict[str, Any]], str]:
+    """A whole training run; something is added to the losses of some batches on the last rank.
+
+    Args:
+        directory: of the run and its data.
+        overrides: sections of the configuration.
+        faults: what is added, by the number of the batch in the data, counted from 1.
+
+    Returns:
+        The lines of metrics.jsonl, and the error that ended the run.
+    """
+    import pangu.model.model
+    import pangu.model.pipeline
+    from pangu.training import loop
+
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+        "data": {"train": [f"{directory}/corpus"]},
+        "run": {"dir": f"{directory}/run", "tensorboard": False, "consistency_every": 5},
+    }
+    config = small_config(**{name: sections.get(name, {}) | overrides.get(name, {}) for name in {**sections, **overrides}})
+    topology = validate_layout(config, int(os.environ["WORLD_SIZE"]))
+    a_step = config.train.global_batch_size // config.train.micro_batch_size // topology.data
+    manifests = sorted(config.checkpoint_dir.glob("step_*/manifest.json"))
+    consumed = json.loads(manifests[-1].read_text())["progress"]["consumed_samples"] if manifests else 0
+    calls = itertools.count(consumed // config.train.global_batch_size * a_step)
+    is_last = int(os.environ["RANK"]) == topology.world_size - 1
+    intact = pangu.model.model.language_model_loss
+
+    def spoilt(*args: Any, **keywords: Any) -> torch.Tensor:
+        batch = next(calls) // a_step + 1
+        return intact(*args, **keywords) + (faults.get(batch, 0.0) if is_last else 0.0)
+
+    pangu.model.model.language_model_loss = pangu.model.pipeline.language_model_loss = spoilt
+    error = ""
+    try:
+        loop.run_training(config)
+    except InputError as refused:
+        error = str(refused)
+    return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()], error
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of random documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(1)
+    with IndexedDatasetWriter(folder / "corpus", vocab_size=50, separator_id=9, tokenizer_sha256="0" * 64) as writer:
+        for length in rng.integers(5, 40, 200):
+            writer.add(np.append(rng.integers(10, 50, length - 1), 9).astype(np.uint16), np.array([length], np.int32))
+    return folder
+
+
+def directory_of(corpus: Path, folder: Path) -> str:
+    for file in corpus.iterdir():
+        shutil.copy(file, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("world_size", "parallel"), [(2, {"zero_stage": 3}), (2, {"pipeline": 2})], ids=str)
+def test_rollback_goes_on_from_the_checkpoint_with_later_data(
+    world_size: int, parallel: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    common = {"parallel": parallel, "checkpoint": {"save_every": 4, "keep": 5}, "train": {"steps": 8, "on_bad_step": "rollback"}}
+    directory = directory_of(corpus, tmp_path / "a")
+    lines, error = run_distributed(run, world_size, directory, common, {6: math.nan})[0]
+    assert not error
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert [line["consumed_samples"] for line in lines] == [8 * n for n in range(1, 11)]
+    assert [line.get("decision") for line in lines] == [None] * 5 + ["rollback"] + [None] * 4
+    assert lines[5]["fault"] == "the loss is nan" and lines[5]["skipped"] and "loss" not in lines[5]
+
+    # The same by hand: a checkpoint of step 4 that has consumed six batches.
+    shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "b/run/checkpoints/step_00000008")
+    (tmp_path / "b/run/metrics.jsonl").unlink()
+    manifest = tmp_path / "b/run/checkpoints/step_00000004/manifest.json"
+    values = json.loads(manifest.read_text())
+    values["progress"] |= {"consumed_samples": 48, "consumed_tokens": 48 * 16}
+    manifest.write_text(json.dumps(values))
+    resumed, error = run_distributed(run, world_size, str(tmp_path / "b"), common, {})[0]
+    assert not error
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in resumed] == [
+        (line["step"], line["loss"], line["grad_norm"]) for line in lines[6:]
+    ]
+
+
+def test_rollbacks_that_do_not_help_end_the_run(corpus: Path, tmp_path: Path) -> None:
+    overrides = {"checkpoint": {"save_every": 2}, "train": {"steps": 8, "on_bad_step": "rollback"}}
+    faults = dict.fromkeys(range(4, 20), math.inf)
+    lines, error = run_distributed(run, 1, directory_of(corpus, tmp_path), overrides, faults)[0]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 3, 3, 3]
+    assert [line.get("decision") for line in lines[3:]] == ["rollback"] * MAX_ROLLBACKS + ["stop"]
+    assert "the loss is inf" in error and "step_00000002" in error
+
+
+def test_spikes_are_skipped_and_a_resumed_run_knows_what_a_spike_is(corpus: Path, tmp_path: Path) -> None:
+    directory = directory_of(corpus, tmp_path)
+    faults = {10: 100.0, 23: 1.0, 25: 10.0}  # the first comes before there is a median, the second is below the limit
+
+    def section(steps: int) -> dict[str, Any]:
+        return {"train": {"steps": steps, "spike_factor": 2.0}, "schedule": {"decay_steps": 26}, "checkpoint": {"save_every": 24}}
+
+    run_distributed(run, 1, directory, section(24), faults)
+    lines, error = run_distributed(run, 1, directory, section(26), faults)[0]
+    assert not error
+    assert [line["step"] for line in lines if "fault" in line] == [25]
+    assert "is above its limit of" in lines[24]["fault"] and lines[24]["decision"] == "skip" and lines[24]["loss"] > 10
+    (tmp_path / "unbroken").mkdir()
+    unbroken, _ = run_distributed(run, 1, directory_of(corpus, tmp_path / "unbroken"), section(26), faults)[0]
+    keys = ("step", "loss", "grad_norm", "fault", "decision", "skipped")
+    assert [[line.get(key) for key in keys] for line in lines] == [[line.get(key) for key in keys] for line in unbroken]
+
+
+def test_skipping_ends_after_a_while_and_stop_at_once(corpus: Path, tmp_path: Path) -> None:
+    faults = dict.fromkeys(range(3, 30), math.nan)
+    directory = directory_of(corpus, tmp_path)
+    lines, error = run_distributed(run, 2, directory, {"checkpoint": {"save_every": 2}, "train": {"steps": 20}}, faults)[1]
+    assert [line.get("decision") for line in lines] == [None] * 2 + ["skip"] * (MAX_SKIPPED - 1) + ["stop"]
+    assert f"{MAX_SKIPPED} bad steps in a row" in error and "step_000000" in error
+    (tmp_path / "stop").mkdir()
+    overrides = {"train": {"steps": 20, "on_bad_step": "stop"}}
+    lines, error = run_distributed(run, 1, directory_of(corpus, tmp_path / "stop"), overrides, faults)[0]
+    assert [line.get("decision") for line in lines] == [None, None, "stop"]
+    assert error.startswith("step 3: the loss is nan") and "nothing was saved" in error
+
+
+def step_result(loss: float = 2.0, skipped: bool = False, overflow: bool = False) -> StepResult:
+    return StepResult(loss=loss, grad_norm=math.inf if skipped else 1.0, skipped=skipped, overflow=overflow, loss_scale=None)
+
+
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [
+        (step_result(), None),
+        (step_result(loss=math.nan, skipped=True), "the loss is nan"),
+        (step_result(loss=-math.inf, skipped=True), "the loss is -inf"),
+        (step_result(loss=7.0, skipped=True), "the loss 7.0000 is above its limit of 6.0000"),
+        (step_result(skipped=True), "the gradient is not finite"),
+        (step_result(skipped=True, overflow=True), None),
+    ],
+)
+def test_what_is_a_fault(result: StepResult, fault: str | None) -> None:
+    assert fault_of(result, 6.0) == fault
+
+
+def test_limit_of_the_loss() -> None:
+    assert loss_limit([1.0] * 50, 0.0) == math.inf
+    assert loss_limit([1.0] * (MIN_HISTORY - 1), 2.0) == math.inf
+    assert loss_limit([3.0] * MIN_HISTORY + [100.0] * (MIN_HISTORY - 1), 2.0) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "in_a_row", "rollbacks", "has_checkpoint", "decision"),
+    [
+        ("skip", 1, 0, True, "skip"),
+        ("skip", MAX_SKIPPED - 1, 0, True, "skip"),
+        ("skip", MAX_SKIPPED, 0, True, "stop"),
+        ("stop", 1, 0, True, "stop"),
+        ("rollback", 1, 0, True, "rollback"),
+        ("rollback", 1, MAX_ROLLBACKS, True, "stop"),
+        ("rollback", 1, 0, False, "skip"),
+        ("rollback", MAX_SKIPPED, 0, False, "stop"),
+    ],
+)
+def test_decisions(policy: Policy, in_a_row: int, rollbacks: int, has_checkpoint: bool, decision: str) -> None:
+    assert decide(policy, in_a_row=in_a_row, rollbacks=rollbacks, has_checkpoint=has_checkpoint) == decision

@@ -25,6 +25,8 @@ from pangu.errors import InputError
 from pangu.training.anomalies import MAX_ROLLBACKS, MAX_SKIPPED, MIN_HISTORY, Policy, decide, fault_of, loss_limit
 from pangu.training.engine import StepResult, TrainingEngine
 
+OFFLOAD = Path(__file__).parents[2] / "ds_configs"
+BF16 = {"precision": "bf16"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one process, no ZeRO": (1, {"zero_stage": 0}, {}),
     "data 2, no ZeRO": (2, {"zero_stage": 0}, {}),
@@ -33,12 +35,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "data 2, ZeRO-3": (2, {"zero_stage": 3}, {}),
     "tensor 2, no ZeRO": (2, {"tensor": 2, "zero_stage": 0}, {}),
     "tensor 2": (2, {"tensor": 2}, {}),
-    "tensor 2, ZeRO-3, bf16": (2, {"tensor": 2, "zero_stage": 3}, {"precision": "bf16"}),
-    "tensor 2, ZeRO-2, bf16": (2, {"tensor": 2, "zero_stage": 2}, {"precision": "bf16"}),
+    "tensor 2, ZeRO-3, bf16": (2, {"tensor": 2, "zero_stage": 3}, BF16),
     "pipeline 2": (2, {"pipeline": 2}, {}),
     "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2}, {}),
-    "tensor 2 x data 2, bf16": (4, {"tensor": 2}, {"precision": "bf16"}),
 }
+MORE: dict[str, tuple[int, dict[str, Any], dict[str, Any], Any]] = {
+    "tensor 2, ZeRO-2, bf16": (2, {"tensor": 2, "zero_stage": 2}, BF16, {}),
+    "tensor 2 x data 2, bf16": (4, {"tensor": 2}, BF16, {}),
+    "bf16, gradients accumulated in fp32": (4, {"tensor": 2, "pipeline": 2}, BF16, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "bf16, DeepSpeed told not to look": (2, {"tensor": 2}, BF16, {"bf16": {"check_grad_overflow": False}}),
+    "ZeRO-2, offload": (2, {"tensor": 2, "zero_stage": 2}, {}, OFFLOAD / "zero2-offload.json"),
+    "ZeRO-3, offload": (2, {"zero_stage": 3}, {}, OFFLOAD / "zero3-offload.json"),
+}
+"""With a DeepSpeed JSON, or what is to be in one."""
 
 
 def state_of(engine: TrainingEngine) -> list[torch.Tensor]:
@@ -113,9 +122,9 @@ FAULTS = {
 NUM_STEPS = 9
 
 
-def train(parallel: dict[str, Any], section: dict[str, Any], *, leave_out: bool) -> list[str]:
+def train(parallel: dict[str, Any], section: dict[str, Any], deepspeed: Path | None, *, leave_out: bool) -> list[str]:
     """Losses of the good steps as bits. The last rank has the faults; or their steps are left out."""
-    engine = start(small_config(parallel=parallel, train=section))
+    engine = start(small_config(parallel=parallel, train=section).model_copy(update={"deepspeed": deepspeed}))
     batches = random_batches(engine.config, engine.groups)
     reads = not engine.has_pipeline or engine.groups.coordinates.pipe in (0, engine.groups.topology.pipeline - 1)
     losses = []
@@ -138,20 +147,31 @@ def train(parallel: dict[str, Any], section: dict[str, Any], *, leave_out: bool)
     return losses
 
 
-def with_faults(parallel: dict[str, Any], section: dict[str, Any]) -> list[str]:
-    return train(parallel, section, leave_out=False)
+def with_faults(parallel: dict[str, Any], section: dict[str, Any], deepspeed: Path | None = None) -> list[str]:
+    return train(parallel, section, deepspeed, leave_out=False)
 
 
-def without(parallel: dict[str, Any], section: dict[str, Any]) -> list[str]:
-    return train(parallel, section, leave_out=True)
+def without(parallel: dict[str, Any], section: dict[str, Any], deepspeed: Path | None = None) -> list[str]:
+    return train(parallel, section, deepspeed, leave_out=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_fault_reaches_the_weights(layout: str) -> None:
-    world_size, parallel, section = LAYOUTS[layout]
-    expected = run_distributed(without, world_size, parallel, section)
-    assert run_distributed(with_faults, world_size, parallel, section) == expected
+    world_size, *settings = LAYOUTS[layout]
+    expected = run_distributed(without, world_size, *settings)
+    assert run_distributed(with_faults, world_size, *settings) == expected
     assert all(losses == expected[0] for losses in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MORE)
+def test_no_fault_reaches_the_weights_under_other_settings(layout: str, tmp_path: Path) -> None:
+    world_size, parallel, section, recipe = MORE[layout]
+    if isinstance(recipe, dict):
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+        recipe = tmp_path / "recipe.json"
+    expected = run_distributed(without, world_size, parallel, section, recipe)
+    assert run_distributed(with_faults, world_size, parallel, section, recipe) == expected
 
 
 def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, float]) -> tuple[list[dict[str, Any]], str]:

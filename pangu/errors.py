@@ -14,6 +14,11 @@ class InputError(ValueError):
     """Something the user gave is refused. The message is one line: what, where, found, expected, what to do."""
 
 
+def one_line(text: str) -> str:
+    """A text that may hold names from a file, fit for a line of a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def exit_code(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a program's `main`: refused input prints `error: ...` on standard error and exits 2; other exceptions keep their traceback."""
 

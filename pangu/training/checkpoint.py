@@ -9,10 +9,8 @@ Checkpoints are DeepSpeed's pickles: load only what your own runs have written. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,10 +24,10 @@ from megatron_ext.topology import Group
 from pangu.config import Config
 from pangu.errors import InputError
 from pangu.files import sync, write_durably
+from pangu.model.pipeline import quiet
 from pangu.training.engine import TrainingEngine
-
-MANIFEST, LATEST = "manifest.json", "latest"
-_STEP = re.compile(r"step_(\d{8,})")
+from pangu.training.manifest import LATEST, MANIFEST, complete_steps, file_problem, sha256, step_name, step_number
+from pangu.training.reshard import load_resharded
 
 
 @dataclass
@@ -53,7 +51,7 @@ def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
         InputError: on every rank, if any rank could not write; what was there before stays as it was.
     """
     config, world = engine.config, engine.groups.world
-    root, name = config.checkpoint_dir, f"step_{progress.step:08d}"
+    root, name = config.checkpoint_dir, step_name(progress.step)
     partial, final = root / f"{name}.partial", root / name
 
     def prepare() -> None:
@@ -75,12 +73,15 @@ def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
     def commit() -> None:
         if world.rank == 0:
             files = {name: described for share in shares for name, described in share.items()}
-            manifest = {"format": 1, "progress": asdict(progress), "identity": _identity(config, engine), "files": files}
+            identity = _layout_identity(engine) | _model_identity(config)
+            manifest = {"format": 1, "progress": asdict(progress), "identity": identity, "files": files}
             write_durably(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            if final.exists():  # this step was trained again
+                os.rename(final, final.with_name(f"{name}.replaced"))
             os.rename(partial, final)
             sync(root)
             write_durably(root / LATEST, name + "\n")
-            for old in _complete_steps(root)[: -config.checkpoint.keep]:
+            for old in [f"{name}.replaced", *complete_steps(root)[: -config.checkpoint.keep]]:
                 shutil.rmtree(root / old, ignore_errors=True)
 
     _together(commit, world, f"{final}: the checkpoint could not be committed; the last good one is untouched")
@@ -97,13 +98,13 @@ def find_checkpoint(config: Config, world: Group) -> Path | None:
             holds checkpoints of later steps than the run would start at: its own would mix with them.
     """
     resume, root = config.checkpoint.resume, config.checkpoint_dir
-    steps = broadcast_object(_complete_steps(root) if world.rank == 0 else None, world)
+    steps = broadcast_object(complete_steps(root) if world.rank == 0 else None, world)
     if resume != "auto":
         path = None if resume == "never" else Path(resume)
         if path is not None and (problem := verify(path, world)):
             raise InputError(f"checkpoint.resume = {path}: {problem}.")
-        first = int(path.name.removeprefix("step_")) if path is not None and _STEP.fullmatch(path.name) else 0
-        if steps and int(steps[-1].removeprefix("step_")) > first:
+        first = (step_number(path.name) or 0) if path is not None else 0
+        if steps and (step_number(steps[-1]) or 0) > first:
             raise InputError(
                 f"{root}: holds {steps[-1]}, but with checkpoint.resume={resume} the run starts at step {first} and its checkpoints would "
                 "mix with those. Set checkpoint.dir or run.dir to another directory, or remove the old checkpoints."
@@ -127,22 +128,42 @@ def find_checkpoint(config: Config, world: Group) -> Path | None:
 def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     """Continue from a checkpoint: weights, optimizer, loss scale, random streams and progress. Every rank must call this.
 
+    On the layout that saved it the run goes on bit for bit. On another one weights, optimizer, loss scale and the order of the samples are
+    the same, but dropout masks are drawn anew, from the seed, the step and the rank's place.
+
     Raises:
-        InputError: if it was made by another model or on another layout.
+        InputError: if it was made by another model, optimizer or precision.
     """
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    found, ours = manifest["identity"], _identity(engine.config, engine)
-    different = [f"{key} was {found.get(key)} and is {ours[key]}" for key in ours if found.get(key) != ours[key]]
+    found, progress = manifest["identity"], Progress(**manifest["progress"])
+    different = _differences(found, _model_identity(engine.config))
     if different:
         raise InputError(
             f"{path}: cannot be resumed by this run: {', '.join(different)}. Set what it was, or start a new run in another run.dir, "
             "from the weights of a finished one with checkpoint.init_from=RUN_DIR/weights if you like."
         )
-    loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
+    moved = _differences(found, _layout_identity(engine))
+    if moved:
+        if engine.groups.world.rank == 0:
+            print(f"{path.name} was saved on another layout: {', '.join(moved)}. Its tensors are read as this one needs them.", flush=True)
+        load_resharded(engine, path)
+        engine.reseed(progress.step)
+    else:
+        _load_same_layout(engine, path)
+    engine.engine.global_steps, engine.engine.global_samples = progress.step, progress.consumed_samples
+    return progress
+
+
+def _load_same_layout(engine: TrainingEngine, path: Path) -> None:
+    # DeepSpeed brings back the hyper-parameters too, and would overrule what the configuration says now.
+    configured = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in engine.param_groups]
+    with quiet():
+        loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed found nothing to load in it.")
+    for group, values in zip(engine.param_groups, configured, strict=True):
+        group.update(values)
     engine.rng.load_state_dict(torch.load(path / f"rng_rank_{engine.groups.world.rank:05d}.pt", weights_only=True))
-    return Progress(**manifest["progress"])
 
 
 def verify(path: Path, world: Group) -> str | None:
@@ -155,23 +176,30 @@ def _problem_of(path: Path, world: Group) -> str | None:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no readable {MANIFEST}, so it is not a complete checkpoint"
-    for name in sorted(files)[world.rank :: world.size]:
-        file = path / name
-        if not file.is_file() or file.stat().st_size != files[name]["bytes"]:
-            return f"{name} is missing or has not its {files[name]['bytes']:,} bytes"
-        if _sha256(file) != files[name]["sha256"]:
-            return f"{name} has changed since it was written: its sha256 differs"
-    return None
+    return next(filter(None, (file_problem(path / name, files[name]) for name in sorted(files)[world.rank :: world.size])), None)
 
 
-def _identity(config: Config, engine: TrainingEngine) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes from it must have in common."""
-    topology, model = engine.groups.topology, config.model
+def _differences(found: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    return [f"{key} was {found.get(key)} and is {value}" for key, value in ours.items() if found.get(key) != value]
+
+
+def _layout_identity(engine: TrainingEngine) -> dict[str, Any]:
+    """What decides which rank's file holds what, and in which form."""
+    topology = engine.groups.topology
     return {
         "parallel.tensor": topology.tensor,
         "parallel.pipeline": topology.pipeline,
         "data-parallel size": topology.data,
-        "parallel.zero_stage": config.parallel.zero_stage,
+        "parallel.zero_stage": engine.config.parallel.zero_stage,
+        "optimizer implementation": engine.optimizer_name,
+        "optimizer states": engine.buffer_form,
+    }
+
+
+def _model_identity(config: Config) -> dict[str, Any]:
+    """What a checkpoint and any run that resumes from it must have in common."""
+    model = config.model
+    return {
         "train.precision": config.train.precision,
         "optimizer.name": config.optimizer.name,
         **{f"model.{key}": getattr(model, key) for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")},
@@ -180,31 +208,13 @@ def _identity(config: Config, engine: TrainingEngine) -> dict[str, Any]:
     }
 
 
-def _complete_steps(root: Path) -> list[str]:
-    """Names of the complete checkpoints, oldest first."""
-    if not root.is_dir():
-        return []
-    found = [entry.name for entry in root.iterdir() if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()]
-    return sorted(found, key=lambda name: int(name.removeprefix("step_")))
-
-
 def _my_share(folder: Path, world: Group) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())[world.rank :: world.size]
 
 
 def _describe(file: Path) -> dict[str, Any]:
     sync(file)
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _together(action: Callable[[], Any], world: Group, what: str) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ext import accelerator
 from megatron_ext.collectives import all_reduce
 from megatron_ext.context import Fill, ParallelContext
-from megatron_ext.random import RngStreams
+from megatron_ext.random import RngStreams, derive_seed
 from megatron_ext.sharding import spec_of
 from megatron_ext.topology import Groups
 from pangu.config import Config, deepspeed_config
@@ -98,6 +98,9 @@ class TrainingEngine:
         if self.has_pipeline:
             loss_of = self.module.loss_fn
             self.module.loss_fn = lambda *args: self.guard.gate(loss_of(*args)) if self.module.training else loss_of(*args)
+        zero = settings["zero_optimization"]
+        # What DeepSpeed's files do not say and loads wrongly in silence: how its flat buffers are cut, and which optimizer wraps ours.
+        self.buffer_form = f"{type(self.engine.optimizer).__name__}, sub-groups of {zero.get('sub_group_size', 'the default size')}"
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepResult:
         """Consume one global batch: forward, backward, clip, update.
@@ -107,7 +110,7 @@ class TrainingEngine:
             learning_rate: of this step.
             loss_limit: above it the update is dropped, as it is where loss or gradient is not finite.
         """
-        for group in self.engine.optimizer.param_groups:
+        for group in self.param_groups:
             group["lr"] = learning_rate
         scale_can_fall = self._scale_can_fall()
         grad_norm: float | None = None
@@ -141,6 +144,16 @@ class TrainingEngine:
         scaler = self.engine.optimizer.loss_scaler
         scaler.raise_error_at_min_scale = False
         return bool(scaler.dynamic and scaler.loss_scale > scaler.min_scale)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups with their hyper-parameters."""
+        return self.engine.optimizer.param_groups
+
+    def reseed(self, step: int) -> None:
+        """Start the random streams of this layout at a step to which another layout has trained."""
+        # In place: the layers hold this object.
+        self.rng.load_state_dict(RngStreams(derive_seed(self.config.train.seed, step), self.groups.coordinates).state_dict())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], num_global_batches: int) -> float:

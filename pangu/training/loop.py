@@ -20,8 +20,8 @@ from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
 from pangu.config import Config, validate_layout
+from pangu.conversion.export import write_weights
 from pangu.conversion.formats import open_weights
-from pangu.conversion.huggingface import write_weights
 from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
@@ -254,11 +254,5 @@ def _initial_weights(config: Config) -> Fill:
     if config.checkpoint.init_from is None:
         return random_weights(config.train.seed)
     weights = open_weights(config.checkpoint.init_from)
-    ours, theirs = config.model, weights.config
-    for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
-        if getattr(ours, key) != getattr(theirs, key):
-            raise InputError(
-                f"checkpoint.init_from = {config.checkpoint.init_from}: its {key} is {getattr(theirs, key)}, but model.{key} = "
-                f"{getattr(ours, key)}. Set model.{key}={getattr(theirs, key)}."
-            )
+    weights.refuse_other(config.model, f"checkpoint.init_from = {config.checkpoint.init_from}")
     return weights.fill

@@ -50,7 +50,7 @@ class StepGuard:
 
     def _look(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._replicated += 0.0 * parameter.grad.detach().float().sum()
+            self._replicated += 0.0 * parameter.grad.sum(dtype=torch.float32)
 
     def begin(self, loss_limit: float) -> None:
         """Start a step. An update whose mean loss is above `loss_limit` is dropped."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -155,3 +157,28 @@ def check_on_hccl(parallel: dict[str, Any], perturbed: bool) -> str:
 def test_hccl_can_compare(parallel: dict[str, Any]) -> None:
     assert run_distributed(check_on_hccl, 2, parallel, False) == ["", ""]
     assert f"{LN}: rank 1 differs from rank 0" in run_distributed(check_on_hccl, 2, parallel, True)[0]
+
+
+def step_and_check_seconds(parallel: dict[str, Any]) -> tuple[float, float]:
+    """Medians of a step and of a check, of a model as large as the quickstart's."""
+    torch.set_num_threads(1)
+    sizes = {"hidden_size": 128, "vocab_size": 640, "max_positions": 128}
+    engine = start(small_config(model=sizes, parallel=parallel, train={"micro_batch_size": 8, "global_batch_size": 16}))
+    batches, check = random_batches(engine.config, engine.groups), ReplicaCheck(engine)
+    steps, checks = [], []
+    for step in range(9):
+        began = time.perf_counter()
+        engine.train_step(batches, 1e-3)
+        trained = time.perf_counter()
+        check(Progress(step))
+        steps.append(trained - began)
+        checks.append(time.perf_counter() - trained)
+    return statistics.median(steps), statistics.median(checks)
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"zero_stage": 0}], ids=str)
+def test_checks_cost_less_than_a_hundredth(parallel: dict[str, Any]) -> None:
+    every = small_config().run.consistency_every
+    for step, check in run_distributed(step_and_check_seconds, 2, parallel):
+        print(f"{parallel}: a step {step * 1e3:.0f} ms, a check {check * 1e3:.0f} ms, {check / (every * step):.3%} of the time")
+        assert check < 0.01 * every * step

@@ -29,8 +29,9 @@ from pangu.data.sampler import Sampler
 from pangu.errors import InputError
 from pangu.tokenizer import PanguTokenizer
 from pangu.training.anomalies import HISTORY, decide, fault_of, loss_limit
-from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, verify
+from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint, verify
 from pangu.training.engine import StepResult, TrainingEngine
+from pangu.training.manifest import step_name
 from pangu.training.metrics import Metrics
 from pangu.training.replicas import ReplicaCheck
 from pangu.training.report import flops_per_token, print_report
@@ -87,6 +88,7 @@ def run_training(config: Config) -> None:
     initial_weights = _initial_weights(config)
     accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
     groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
+    claim = claim_directory(config, groups.world)
     checkpoint = find_checkpoint(config, groups.world)
     engine = TrainingEngine(config, groups, initial_weights)
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
@@ -113,6 +115,8 @@ def run_training(config: Config) -> None:
             metrics.close()
     barrier(groups.world)
     shutdown()
+    if claim:
+        claim.close()
 
 
 def _train(
@@ -127,9 +131,19 @@ def _train(
     """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
     train, groups = config.train, engine.groups
     stop = StopRequest()
+    stopped_by = 0
+    saver = CheckpointSaver(engine)
     check = ReplicaCheck(engine) if config.run.consistency_every else None
-    if check:
-        check(progress)
+
+    def compare_replicas() -> None:
+        try:
+            if check:
+                check(progress)
+        except InputError:
+            saver.finish()  # what is being written was taken when all was well
+            raise
+
+    compare_replicas()
     rollbacks = 0
     batches = _batches(config, engine, training, progress.consumed_samples)
     peak = accelerator.peak_flops()
@@ -158,7 +172,9 @@ def _train(
             if decision:
                 metrics.say(f"step {progress.step}: {fault}; its update was dropped on every rank: {decision}.")
         if check and (fault or progress.step % config.run.consistency_every == 0):
-            check(progress)  # a corrupted replica is a better reason than the loss that it led to
+            compare_replicas()  # one that was corrupted is a better reason than the loss that it led to
+        if decision in ("rollback", "stop"):
+            saver.finish()
         if decision == "stop":
             kept = f"the newest checkpoint is {checkpoint}" if checkpoint else "nothing was saved"
             raise InputError(
@@ -180,12 +196,15 @@ def _train(
         stopped_by = int(all_reduce_max(torch.tensor(stop.received), groups.world))
         due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
         if due or stopped_by or progress.step == train.steps:
-            if check:
-                check(progress)  # a corrupted replica must not push out good checkpoints
-            checkpoint, rollbacks = save_checkpoint(engine, progress), 0
+            compare_replicas()  # one that was corrupted must not push out good checkpoints
+            saver.save(progress)
+            checkpoint, rollbacks = config.checkpoint_dir / step_name(progress.step), 0
+        else:
+            saver.poll()
         if stopped_by and progress.step < train.steps:
-            return signal.Signals(stopped_by).name
-    return None
+            break
+    saver.finish()
+    return signal.Signals(stopped_by).name if stopped_by and progress.step < train.steps else None
 
 
 def _roll_back(engine: TrainingEngine, progress: Progress, checkpoint: Path) -> None:

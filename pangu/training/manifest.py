@@ -1,12 +1,13 @@
 """What a training checkpoint's directory is called and what its manifest says, for all who read one.
 
-checkpoints/step_00000100/          complete, once it has this name and a manifest
-checkpoints/step_00000100/manifest.json
-    format      1
-    progress    how far the run was (pangu.training.checkpoint.Progress)
-    identity    the model and the layout that saved it, by configuration key
-    files       bytes and sha256 of every other file
-checkpoints/latest                  the newest step's name, for DeepSpeed's own tools
+    step_00000100/                  complete, once it has this name and a manifest
+    step_00000100/manifest.json     format, progress (how far the run was), identity (the model and the layout that saved it, by
+                                    configuration key), files (bytes and sha256 of every other file)
+    step_00000100.SUFFIX/           partial: being written; removing: no longer wanted; damaged: no longer what its manifest says
+    latest                          the newest step's name, for DeepSpeed's own tools; never read here
+    .lock                           held by the run that writes there
+
+All of them lie in a run's `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-MANIFEST, LATEST = "manifest.json", "latest"
+MANIFEST, LATEST, LOCK = "manifest.json", "latest", ".lock"
 STEP = re.compile(r"step_(\d{8,})")
 
 

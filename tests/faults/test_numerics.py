@@ -25,7 +25,7 @@ from pangu.errors import InputError
 from pangu.training.anomalies import MAX_ROLLBACKS, MAX_SKIPPED, MIN_HISTORY, Policy, decide, fault_of, loss_limit
 from pangu.training.engine import StepResult, TrainingEngine
 
-OFFLOAD = Path(__file__).parents[2] / "ds_configs"
+RECIPES = Path(__file__).parents[2] / "ds_configs"
 BF16 = {"precision": "bf16"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one process, no ZeRO": (1, {"zero_stage": 0}, {}),
@@ -44,8 +44,8 @@ MORE: dict[str, tuple[int, dict[str, Any], dict[str, Any], Any]] = {
     "tensor 2 x data 2, bf16": (4, {"tensor": 2}, BF16, {}),
     "bf16, gradients accumulated in fp32": (4, {"tensor": 2, "pipeline": 2}, BF16, {"data_types": {"grad_accum_dtype": "fp32"}}),
     "bf16, DeepSpeed told not to look": (2, {"tensor": 2}, BF16, {"bf16": {"check_grad_overflow": False}}),
-    "ZeRO-2, offload": (2, {"tensor": 2, "zero_stage": 2}, {}, OFFLOAD / "zero2-offload.json"),
-    "ZeRO-3, offload": (2, {"zero_stage": 3}, {}, OFFLOAD / "zero3-offload.json"),
+    "ZeRO-2, offload": (2, {"tensor": 2, "zero_stage": 2}, {}, RECIPES / "zero2-offload.json"),
+    "ZeRO-3, offload": (2, {"zero_stage": 3}, {}, RECIPES / "zero3-offload.json"),
 }
 """With a DeepSpeed JSON, or what is to be in one."""
 
@@ -238,7 +238,11 @@ def test_rollback_goes_on_from_the_checkpoint_with_later_data(
     world_size: int, parallel: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    common = {"parallel": parallel, "checkpoint": {"save_every": 4, "keep": 5}, "train": {"steps": 8, "on_bad_step": "rollback"}}
+    common = {
+        "parallel": parallel,
+        "checkpoint": {"save_every": 4, "keep": 5, "async_save": True},
+        "train": {"steps": 8, "on_bad_step": "rollback"},
+    }
     directory = directory_of(corpus, tmp_path / "a")
     lines, error = run_distributed(run, world_size, directory, common, {6: math.nan})[0]
     assert not error

@@ -346,3 +346,29 @@ def test_limit_of_the_loss() -> None:
 )
 def test_decisions(policy: Policy, in_a_row: int, rollbacks: int, has_checkpoint: bool, decision: str) -> None:
     assert decide(policy, in_a_row=in_a_row, rollbacks=rollbacks, has_checkpoint=has_checkpoint) == decision
+
+
+def run_with_a_corrupted_layer_norm(directory: str, sections: dict[str, dict[str, Any]], step: int) -> str:
+    """A training run in which the last rank's first LayerNorm changes after a step; the error that ended it."""
+    from pangu.training import loop
+
+    intact, steps = TrainingEngine.train_step, itertools.count(1)
+
+    def corrupting(engine: TrainingEngine, *args: Any) -> StepResult:
+        result = intact(engine, *args)
+        if next(steps) == step and world_rank() == world_size() - 1:
+            next(p for spec, p in canonical_parameters(engine.module) if spec.name.endswith("ln_1.weight")).detach()[3] -= 1e-3
+        return result
+
+    TrainingEngine.train_step = corrupting  # type: ignore[method-assign]
+    with pytest.raises(InputError) as refused:
+        loop.run_training(small_config(data={"train": [f"{directory}/corpus"]}, run={"dir": f"{directory}/run"}, **sections))
+    return str(refused.value)
+
+
+def test_a_corrupted_replica_pushes_out_no_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    sections = {"parallel": {"tensor": 2}, "checkpoint": {"save_every": 2, "keep": 1, "async_save": True}}
+    messages = run_distributed(run_with_a_corrupted_layer_norm, 2, directory_of(corpus, tmp_path), sections, 4)
+    expected = "replicas differ at step 4: transformer.h.0.ln_1.weight: rank 1 differs from rank 0 (largest difference 1.0e-03)."
+    assert all(message.startswith(expected) for message in messages)
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").glob("step_*"))] == ["step_00000002"]

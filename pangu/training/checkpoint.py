@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,13 @@ class Progress:
     """How far a run is. The sampler's whole state is `consumed_samples`."""
 
     step: int = 0
-    """Optimizer steps taken, those that fp16 skipped included."""
+    """Optimizer steps taken, skipped ones included."""
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last good steps, oldest first (pangu.training.anomalies)."""
+    bad_steps: int = 0
+    """Bad steps since the last good one."""
 
 
 def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
@@ -86,7 +90,7 @@ class PendingSave:
 
     engine: TrainingEngine
     partial: Path
-    progress: dict[str, int]
+    progress: dict[str, Any]
     writer: FileWriter
 
     def is_written(self) -> bool:

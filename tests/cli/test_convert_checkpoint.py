@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.layouts import random_batches, small_config, start
 from harness import run_distributed
+from layouts import random_batches, small_config, start
 from mindspore_bytes import strategy
 from mindspore_shards_of import layout_of, write_shards
 

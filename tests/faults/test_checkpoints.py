@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.layouts import random_batches, small_config, start
 from harness import RankError, run_distributed
+from layouts import random_batches, small_config, start
 
 from megatron_ext.topology import SINGLE
 from pangu.config import Config
@@ -287,7 +287,7 @@ def test_latest_is_never_believed(content: str, kinds: dict[str, Path], tmp_path
 
 HOLD = """
 import sys
-from distributed.layouts import small_config
+from layouts import small_config
 from megatron_ext.topology import SINGLE
 from pangu.training.checkpoint import claim_directory
 with claim_directory(small_config(checkpoint={"dir": sys.argv[1]}), SINGLE):

@@ -251,7 +251,8 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     moved = _differences(found, _layout_identity(engine))
     if moved:
         if engine.groups.world.rank == 0:
-            print(f"{path.name} was saved on another layout: {', '.join(moved)}. Its tensors are read as this one needs them.", flush=True)
+            shown = [line for line in moved if not line.startswith("optimizer ")] or moved  # the rest follows from these
+            print(f"{path.name} was saved on another layout ({', '.join(shown)}); its tensors are read as this one needs them.", flush=True)
         load_resharded(engine, path)
         engine.reseed(progress.step)
     else:

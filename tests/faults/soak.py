@@ -3,9 +3,9 @@
     python tests/faults/soak.py                                     both launchers; `make soak`
     python tests/faults/soak.py --steps 300 --kills 3 --seed 7 --launcher deepspeed
 
-torchrun restarts by itself, the deepspeed launcher under tools/supervise.py. Dropout is on, checkpoints are written in the background. The run
-that is left alone is watched meanwhile: memory, file descriptors and threads of its ranks must not grow. Prints a table in Markdown; exit
-code 1 if anything differs.
+torchrun restarts by itself, the deepspeed launcher under tools/supervise.py. Dropout is on, checkpoints are written in the background. The
+run that is left alone is watched meanwhile: memory, file descriptors and threads of its ranks must not grow. Prints a table in Markdown;
+exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -98,10 +98,8 @@ def leave_alone(recipe: Path, run: Path, steps: int) -> list[str]:
     problems = [] if first else ["the ranks were never seen"]
     for rank, (memory, files, threads) in first.items():
         grown = [now - before for now, before in zip(last[rank], (memory, files, threads), strict=True)]
-        print(
-            f"rank {rank}: memory {grown[0] / 2**20:+.1f} MiB, files {grown[1]:+d}, threads {grown[2]:+d} from step {steps // 5} on",
-            flush=True,
-        )
+        told = f"memory {grown[0] / 2**20:+.1f} MiB, files {grown[1]:+d}, threads {grown[2]:+d}"
+        print(f"rank {rank}, left alone, from step {steps // 5} on: {told}", flush=True)
         if grown[0] > MAX_GROWTH_BYTES or grown[1] > MAX_GROWTH_COUNT or grown[2] > MAX_GROWTH_COUNT:
             problems.append(f"rank {rank} grows")
     return problems

@@ -209,6 +209,8 @@ class RunConfig(Section):
     """Steps between lines on the screen; metrics.jsonl gets every step."""
     tensorboard: bool = True
     """Write TensorBoard events where tensorboard is installed."""
+    hang_timeout: Annotated[float, Field(ge=0.0)] = 600.0
+    """Seconds that a step, a checkpoint or the start of all ranks may take; then the run ends and says which rank is late. 0 = no limit."""
 
 
 class Config(Section):

@@ -1,17 +1,29 @@
-"""Errors that are the user's to mend, and the one place that turns them into a line and exit code 2."""
+"""Errors that are the user's to mend, and the one place that turns errors into lines and exit codes."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 
 from megatron_ext.topology import LayoutError
 
+_LAUNCHER_SECONDS = 3.0
+
 
 class InputError(ValueError):
     """Something the user gave is refused. The message is one line: what, where, found, expected, what to do."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What to print about an error, and the exit code: a line and 2 for refused input, the traceback and 1 for any other."""
+    if isinstance(error, (InputError, LayoutError)):
+        return f"error: {error}", 2
+    rank = f"rank {os.environ['RANK']} failed:\n" if "RANK" in os.environ else ""
+    return f"{rank}{''.join(traceback.format_exception(error)).rstrip()}", 1
 
 
 def exit_code(main: Callable[[], None]) -> Callable[[], None]:
@@ -22,8 +34,10 @@ def exit_code(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except (InputError, LayoutError) as error:
-            where = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+                # All ranks are refused alike, as a rule. The first of each server says it, and the launcher ends the others meanwhile.
+                time.sleep(_LAUNCHER_SECONDS)
+            print(explain(error)[0], file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapped

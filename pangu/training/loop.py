@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from types import FrameType
 
 import torch
 from rich.console import Console
@@ -18,6 +17,7 @@ from megatron_ext.context import Fill
 from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
+from megatron_ext.watchdog import Watchdog
 from pangu.config import Config, validate_layout
 from pangu.conversion.formats import open_weights
 from pangu.conversion.huggingface import write_weights
@@ -25,31 +25,16 @@ from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
 from pangu.data.sampler import Sampler
-from pangu.errors import InputError
+from pangu.errors import InputError, explain
 from pangu.tokenizer import PanguTokenizer
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from pangu.training.engine import StepResult, TrainingEngine
 from pangu.training.metrics import Metrics
 from pangu.training.report import flops_per_token, print_report
 from pangu.training.schedule import learning_rate
+from pangu.training.stopping import StopRequest
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
-
-
-class StopRequest:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps.
-
-    The same signal a second time acts at once; the other one does not, for launchers pass on an interrupt and then terminate.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
 
 
 def run_training(config: Config) -> None:
@@ -82,10 +67,33 @@ def run_training(config: Config) -> None:
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
     )
     initial_weights = _initial_weights(config)
-    accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
-    groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
+    patience = config.run.hang_timeout
+    # The watchdog explains a hang better than a collective's own time-out, so that comes later.
+    timeout = max(COLLECTIVE_TIMEOUT_SECONDS, 2 * patience)
+    meeting = accelerator.initialize(timeout, join_seconds=patience or None)
+    names = Groups.describe(topology, meeting.rank)
+    with Watchdog(meeting, names, config.run.dir, patience, explain) as watchdog:
+        groups = Groups.create(topology, timeout)
+        _run(config, groups, watchdog, tokenizer, training, validation, initial_weights)
+        barrier(groups.world)
+        shutdown()
+
+
+def _run(
+    config: Config,
+    groups: Groups,
+    watchdog: Watchdog,
+    tokenizer: PanguTokenizer | None,
+    training: BlendedDataset,
+    validation: BlendedDataset | None,
+    initial_weights: Fill,
+) -> None:
+    """What follows once the ranks have met."""
+    is_first = groups.world.rank == 0
     checkpoint = find_checkpoint(config, groups.world)
+    watchdog.beat(0, "building the model")
     engine = TrainingEngine(config, groups, initial_weights)
+    watchdog.beat(0, "loading the checkpoint")
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
     if is_first:
         config.run.dir.mkdir(parents=True, exist_ok=True)
@@ -95,12 +103,14 @@ def run_training(config: Config) -> None:
         start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
         metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
     try:
-        stopped_by = _train(config, engine, progress, training, validation, metrics)
+        stopped_by = _train(config, engine, progress, training, validation, metrics, watchdog)
         if stopped_by:
             if metrics:
                 metrics.say(f"{stopped_by}: saved at step {progress.step}; start the same command again to go on.")
         else:
-            parameters = ((spec, lambda p=parameter: engine.whole(p)) for spec, parameter in canonical_parameters(engine.module))
+            watchdog.beat(progress.step, "writing the weights")
+            named = watchdog.each(canonical_parameters(engine.module))
+            parameters = ((spec, lambda p=parameter: engine.whole(p)) for spec, parameter in named)
             weights = config.run.dir / "weights"
             write_weights(weights, config.model, groups, parameters, tokenizer=config.data.tokenizer)
             if metrics:
@@ -108,8 +118,6 @@ def run_training(config: Config) -> None:
     finally:
         if metrics:
             metrics.close()
-    barrier(groups.world)
-    shutdown()
 
 
 def _train(
@@ -119,15 +127,17 @@ def _train(
     training: BlendedDataset,
     validation: BlendedDataset | None,
     metrics: Metrics | None,
+    watchdog: Watchdog,
 ) -> str | None:
     """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
     train, groups = config.train, engine.groups
     stop = StopRequest()
     saved_step = progress.step
-    batches = _batches(config, engine, training, progress.consumed_samples)
+    batches = watchdog.each(_batches(config, engine, training, progress.consumed_samples))
     peak = accelerator.peak_flops()
     tokens_per_step = train.global_batch_size * train.sequence_length
     while progress.step < train.steps:
+        watchdog.beat(progress.step + 1, "training")
         began = time.perf_counter()
         rate = learning_rate(config, progress.step)
         result = engine.train_step(batches, rate)
@@ -146,7 +156,8 @@ def _train(
             mfu = speed * flops_per_token(config) / (peak * groups.topology.world_size) if peak else None
             metrics.step(_figures(result, progress, rate, seconds, speed, mfu))
         if validation is not None and train.eval_every and progress.step % train.eval_every == 0:
-            loss = engine.evaluate(_batches(config, engine, validation, 0), train.eval_batches)
+            watchdog.beat(progress.step, "evaluating")
+            loss = engine.evaluate(watchdog.each(_batches(config, engine, validation, 0)), train.eval_batches)
             if metrics:
                 perplexity = math.exp(min(loss, 700.0))
                 metrics.evaluation({"step": progress.step, "validation_loss": loss, "validation_perplexity": perplexity})
@@ -154,6 +165,7 @@ def _train(
         stopped_by = int(all_reduce_max(torch.tensor(stop.received), groups.world))
         due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
         if due or stopped_by or progress.step == train.steps:
+            watchdog.beat(progress.step, "saving")
             save_checkpoint(engine, progress)
             saved_step = progress.step
         if stopped_by and progress.step < train.steps:

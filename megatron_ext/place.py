@@ -14,7 +14,7 @@ from megatron_ext.topology import Group, Groups
 
 # Lines of DeepSpeed's and of ours that wait for something already under way: an asynchronous collective, or the device.
 _WAITS = re.compile(r"\.wait\(|synchronize\(|\.item\(|\bfloat\(")
-_OURS = ("megatron_ext", "pangu")
+_OURS = {"megatron_ext", "pangu"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,15 @@ def place_of(frame: FrameType | None, groups: Groups) -> Place:
     if not frames:
         return Place(False, "no Python code")
     line = linecache.getline(frames[0].f_code.co_filename, frames[0].f_lineno)
-    ours = next((f for f in frames if set(PurePath(f.f_code.co_filename).parts) & set(_OURS)), frames[0])
-    return Place(bool(_WAITS.search(line)), f"{ours.f_code.co_name} ({_short(ours.f_code.co_filename)}:{ours.f_lineno})")
+    ours = next(
+        (f for f in frames if _OURS & set(_short(f).split("/")) and not _short(f).startswith("megatron_ext/watchdog.py")), frames[0]
+    )
+    caller = "" if ours is frames[0] else f" called from {_spot(ours)}"
+    return Place(bool(_WAITS.search(line)), f"{_spot(frames[0])}{caller}")
+
+
+def _spot(frame: FrameType) -> str:
+    return f"{frame.f_code.co_name} ({_short(frame)}:{frame.f_lineno})"
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -70,8 +77,8 @@ def _partner(call: FrameType, groups: Groups) -> str:
     return f"{axis}group {','.join(map(str, ranks))}"
 
 
-def _short(filename: str) -> str:
-    """A path from the last package directory on; other files by name alone."""
-    parts = PurePath(filename).parts
-    start = next((index for index in reversed(range(len(parts))) if parts[index] in (*_OURS, "deepspeed", "torch")), len(parts) - 1)
-    return "/".join(parts[start:])
+def _short(frame: FrameType) -> str:
+    """A source file from its package on; other files by name alone."""
+    parts = PurePath(frame.f_code.co_filename).parts
+    packages = [index for index, part in enumerate(parts[:-1]) if part in {*_OURS, "deepspeed", "torch"}]
+    return "/".join(parts[packages[-1] if packages else -1 :])

@@ -1,8 +1,8 @@
 """A hang becomes an explained exit, and the first failure of any rank ends them all.
 
 Every rank says when it gets on (`beat`), which costs one assignment. A rank that sees no rank get on for the time-out raises the alarm in
-the key-value store in which the ranks met. A thread of every other rank waits there: it writes down its stacks, says where its main thread is,
-and ends its process when the rank that raised the alarm has told what it learned. A rank that does not answer is stopped or dead.
+the key-value store in which the ranks met. A thread of every other rank waits there: it writes down its stacks, says where its main thread
+is, and ends its process when the rank that raised the alarm has told what it learned. A rank that does not answer is stopped or dead.
 
 An exception goes the same way: the first rank that raises the alarm prints it, and the others end with a line about that rank instead of
 with the errors it caused in them.
@@ -60,18 +60,24 @@ class Watchdog:
         self._beat: tuple[int, str] = (0, "starting")
         self._main = threading.get_ident()
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._telling = threading.Lock()  # held by the one thread that explains this rank's end
 
     def __enter__(self) -> Watchdog:
-        self._start(self._listen)
-        if self._timeout:
-            self._start(self._watch)
+        for target in (self._listen, self._watch) if self._timeout else (self._listen,):
+            thread = threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         if error is not None:
             self._fail(error)
+        # A thread that is still in torch's C++ when the interpreter ends aborts the process. So the listeners are called off.
+        _within(_ANSWER_SECONDS, lambda: self._meeting.connect().set("alarm", json.dumps({"rank": self._meeting.rank, "over": True})))
+        for thread in self._threads:
+            thread.join(_ANSWER_SECONDS)
 
     def beat(self, step: int, what: str) -> None:
         """Say that this rank gets on.
@@ -165,7 +171,7 @@ class Watchdog:
             alarm = json.loads(store.get("alarm"))
         except RuntimeError:
             return  # the store is gone, and with it all who could be heard there
-        if alarm["rank"] == self._meeting.rank:
+        if alarm["rank"] == self._meeting.rank or "over" in alarm:
             return
         self._telling.acquire()
         here = self._write_stacks(alarm["step"]) if alarm["hang"] else self._here()
@@ -261,10 +267,6 @@ class Watchdog:
             pass
         return True
 
-    @staticmethod
-    def _start(target: Callable[[], None]) -> None:
-        threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
-
 
 def tell_hang(places: Mapping[int, Place], silent: Mapping[int, str], label: Callable[[int], str], what: str, seconds: float) -> str:
     """One sentence about a hang: who is to blame, as far as can be known, and where the others wait.
@@ -290,7 +292,7 @@ def tell_hang(places: Mapping[int, Place], silent: Mapping[int, str], label: Cal
         who = "it" if ranks == blamed and len(ranks) == 1 else ranks_in_words(ranks)
         verb = ("waits in" if waiting else "is in") if len(ranks) == 1 else ("wait in" if waiting else "are in")
         doing.append(f"{who} {verb} {text}")
-    return f"{named} {have} not got beyond {what} for {seconds:g} s; {', '.join(doing)}"
+    return f"{named} {have} made no progress in {what} for {seconds:g} s; {', '.join(doing)}"
 
 
 def _verb(place: Place) -> str:

@@ -114,6 +114,7 @@ class Watchdog:
                 counted = _within(_ANSWER_SECONDS, partial(store.add, "beats", int(unsaid)))
                 if counted is None:
                     store, before = None, time.monotonic()
+                    idle += before - now
                 elif counted != beats:
                     idle, beats = 0.0, counted
                 due, unsaid = now + period, False

@@ -46,7 +46,8 @@ class StopRequest:
                         os._exit(128 + number)
                     self.received = number if number in SIGNALS else self.received
             elif not self.received and launchers != _launchers():
-                print(f"rank {os.environ.get('RANK', '0')}: the launcher has gone; saving", file=sys.stderr, flush=True)
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    print("the launcher has gone: saving", file=sys.stderr, flush=True)
                 self.received = signal.SIGTERM
 
 

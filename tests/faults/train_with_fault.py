@@ -100,10 +100,12 @@ ENGINE = {"forward": in_forward, "backward": in_backward}
 LOADER = {"loader": fail, "pause": pause, "freeze": freeze, "die": die}
 COLLECTIVE = {"collective": fail, "shape": another_shape}
 
-if __name__ == "__main__":
+
+def train() -> None:
+    """Train, with the fault that $FAULT names."""
     kind, rank, step = os.environ["FAULT"].split()
-    run_dir = next(word.partition("=")[2] for word in sys.argv if word.startswith("run.dir="))
-    chosen = os.environ.get("RANK", "0") == rank and not (Path(run_dir) / "fault").exists()
+    run_dir = Path(next(word.partition("=")[2] for word in sys.argv if word.startswith("run.dir=")))
+    chosen = os.environ.get("RANK", "0") == rank and not (run_dir / "fault").exists()
     if chosen and kind in LOADER:
         in_loader(int(step), LOADER[kind])
     if chosen and kind in COLLECTIVE:
@@ -111,8 +113,12 @@ if __name__ == "__main__":
 
     def happen(engine: TrainingEngine) -> None:
         if chosen:
-            (Path(run_dir) / "fault").touch()
+            (run_dir / "fault").touch()
             ENGINE.get(kind, lambda engine: None)(engine)
 
     at_step(int(step), happen)
     main()
+
+
+if __name__ == "__main__":
+    train()

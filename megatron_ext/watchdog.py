@@ -145,7 +145,7 @@ class Watchdog:
             _leave(1)
         text, code = self._explain(error)
         lost_contact = is_communication_error(error)
-        first = self._raise_alarm({"step": self._beat[0], "hang": False, "code": code, "text": text})
+        first = self._raise_alarm({"step": self._beat[0], "hang": False, "code": code})
         if first is False:
             self._yield_to_listener(code)
         if not lost_contact:
@@ -261,7 +261,7 @@ class Watchdog:
     def _claim(self, step: int) -> bool:
         """Without a store: whether this rank is the first that wants to tell."""
         try:
-            (self._stacks(step) / "told").touch(exist_ok=False)
+            (self._stacks(step) / f"told-{self._meeting.members[0][1]}").touch(exist_ok=False)  # once in this start
         except FileExistsError:
             return False
         except OSError:

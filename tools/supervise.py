@@ -32,15 +32,13 @@ LEFT_OVER_SECONDS = 60.0
 @exit_code
 def main() -> None:
     """Run the command until it ends for good."""
-    own, command = _split(sys.argv[1:])
     parser = argparse.ArgumentParser(
         prog="python tools/supervise.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts in a row without a new checkpoint (default 3)")
-    arguments = parser.parse_args(own)
-    if not command:
-        raise InputError("no command: write it after --, as in `python tools/supervise.py -- python -m pangu.train --config FILE`.")
-    sys.exit(supervise(command, _checkpoints_of(command), arguments.max_restarts))
+    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="a training command, launcher included")
+    arguments = parser.parse_args()
+    sys.exit(supervise(arguments.command, _checkpoints_of(arguments.command), arguments.max_restarts))
 
 
 def supervise(command: list[str], checkpoints: Path, max_restarts: int) -> int:
@@ -74,12 +72,6 @@ def supervise(command: list[str], checkpoints: Path, max_restarts: int) -> int:
             return code
         restarts += 1
         print(f"supervise: exit code {code}; starting again from {newest or 'the beginning'}", file=sys.stderr, flush=True)
-
-
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Our own words and the command, which `--` separates."""
-    where = words.index("--") if "--" in words else len(words)
-    return words[:where], words[where + 1 :]
 
 
 def _checkpoints_of(command: list[str]) -> Path:

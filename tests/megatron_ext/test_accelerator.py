@@ -199,17 +199,17 @@ def meet_with_a_rank_of_another_run() -> str:
     os.environ["RANK"] = str(min(int(os.environ["RANK"]), 1))  # the third process is a second rank 1
     os.environ["WORLD_SIZE"] = "2"
     try:
-        accelerator._meet(2.0)
+        meeting = accelerator._meet(2.0)
     except LayoutError as error:
         return str(error)
-    time.sleep(4.0)  # rank 0 serves the store
-    return "met"
+    time.sleep(4.0)  # rank 0 serves the store, as long as it holds the meeting
+    return f"met {len(meeting.members)}"
 
 
 def test_two_processes_of_one_rank_do_not_both_get_in() -> None:
     first, *others = run_distributed(meet_with_a_rank_of_another_run, 3)
-    assert first == "met" and sorted(other == "met" for other in others) == [False, True]
-    assert "or another process is rank 1 too" in next(other for other in others if other != "met")
+    assert first == "met 2" and sorted(other == "met 2" for other in others) == [False, True]
+    assert "or another process is rank 1 too" in next(other for other in others if other != "met 2")
 
 
 @pytest.mark.parametrize(

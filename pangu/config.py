@@ -194,6 +194,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 = only at the end."""
     keep: Count = 2
     """How many of the newest checkpoints stay."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on. Host memory must hold each rank's weights and optimizer once more."""
     resume: str = "auto"
     """`auto`: from the newest checkpoint if there is one; `never`; or the path of a checkpoint."""
     init_from: Path | None = None

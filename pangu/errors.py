@@ -26,6 +26,11 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"{rank}{''.join(traceback.format_exception(error)).rstrip()}", 1
 
 
+def one_line(text: str) -> str:
+    """A text that may hold names from a file, fit for a line of a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def exit_code(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a program's `main`: refused input prints `error: ...` on standard error and exits 2; other exceptions keep their traceback."""
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+import socket
 from pathlib import Path
+from typing import IO
+
+from pangu.errors import InputError
 
 
 def sync(path: Path) -> None:
@@ -23,6 +29,29 @@ def write_durably(path: Path, text: str) -> None:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def lock(path: Path) -> IO[str]:
+    """Open a file that no other process may lock as long as it is open. The lock ends with the process, however that ends.
+
+    Raises:
+        InputError: if another process holds it.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (the caller keeps it open)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            file.close()
+            raise InputError(f"{path.parent}: in use by {holder}. Wait for its end, or choose another directory.") from None
+        print(f"warning: {path.parent}: this file system has no locks; see to it yourself that one run at a time writes there.", flush=True)
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import Init, ShardSpec, canonical_parameters
 from megatron_ext.topology import SINGLE, Group, Groups, Topology
 from pangu.config import ModelConfig
-from pangu.conversion.huggingface import write_weights
+from pangu.conversion.export import write_weights
 from pangu.model.model import PanguModel
 
 # Divides by neither 2 nor 4, and the model has 11 ids that the tokenizer lacks.

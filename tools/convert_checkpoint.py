@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads, for sizes that were never published")
     parser.add_argument("--gelu", choices=["tanh", "erf", "sigmoid"], help="the activation, where the format implies another")
     parser.add_argument("--final-norm", choices=["before_query", "after_query"], help="where the final LayerNorm sits")
+    parser.add_argument(
+        "--with-optimizer", action="store_true", help="keep Adam's states and fp32 weights too: from deepspeed or mindspore to mindspore"
+    )
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     arguments = parser.parse_args()
 
@@ -52,12 +55,15 @@ def main() -> None:
         f"hidden {model.hidden_size}, heads {model.num_heads}, vocabulary {model.vocab_size}, positions {model.max_positions}, "
         f"gelu {model.gelu}, final norm {model.final_norm}"
     )
-    if weights.left_out:
+    if weights.left_out and not arguments.with_optimizer:
         shown = ", ".join(weights.left_out[:3]) + (", ..." if len(weights.left_out) > 3 else "")
         print(f"left out, not being weights: {len(weights.left_out)} ({shown})")
     if arguments.to in ("mindspore", "npy", "megatron") and model.gelu != "tanh":
         print(f"note: {arguments.to} cannot say which GELU the model has; give --gelu {model.gelu} whenever the output is read")
-    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in weights.tensors.values())
+    if arguments.with_optimizer:
+        weights = weights.with_optimizer()
+    everything = [tensor for tensors in (weights.tensors, *weights.optimizer.values()) for tensor in tensors.values()]
+    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in everything)
     began = time.perf_counter()
     with Progress(TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), transient=True) as progress:
         task = progress.add_task("convert", total=total)

@@ -1,0 +1,37 @@
+"""Weights in every format: one stream of tensors, and a reader and a writer for each format around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_ext.topology import Topology
+    from pangu.conversion.weights import Overrides
+    from pangu.model.model import PanguModel
+
+
+def load_weights(path: Path | str, model: PanguModel, topology: Topology, overrides: Overrides | None = None) -> None:
+    """Fill a model, or this rank's tensor-parallel slice of one, from weights of any format. Each rank reads just its slice.
+
+    Args:
+        path: file or directory.
+        model: built for this rank; its parameters are overwritten and keep their dtype.
+        topology: of the world that runs; of one process, `Topology(tensor=1, pipeline=1, data=1)`.
+        overrides: what the weights do not say about the model.
+
+    Raises:
+        InputError: if the weights are damaged, incomplete, or those of another model.
+    """
+    import torch
+
+    from megatron_ext.collectives import world_rank
+    from megatron_ext.sharding import canonical_parameters
+    from pangu.conversion.formats import open_weights
+
+    weights = open_weights(path, overrides)
+    weights.refuse_other(model.config, str(path))
+    place = topology.coordinates(world_rank())
+    with torch.no_grad():
+        for spec, parameter in canonical_parameters(model):
+            weights.fill(parameter, spec, place.tensor, topology.tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,11 +36,18 @@ def convert(
     if write is None:
         writable = ", ".join(name for name, candidate in FORMATS.items() if candidate.write)
         raise InputError(f"--to {to}: this format is only read. Choose one of {writable}.")
+    if weights.optimizer and not FORMATS[to].keeps_optimizer:
+        keepers = ", ".join(name for name, candidate in FORMATS.items() if candidate.keeps_optimizer)
+        raise InputError(f"--to {to}: has no place for optimizer states. Choose {keepers}, or leave --with-optimizer out.")
     if output.exists() and not force:
         raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
     partial = output.with_name(output.name + ".partial")
-    tensors = {name: _watched(name, tensor, options, advance or (lambda read: None)) for name, tensor in weights.tensors.items()}
-    weights = replace(weights, tensors=tensors)
+
+    def watched(tensors: Mapping[str, LazyTensor], options: WriteOptions) -> dict[str, LazyTensor]:
+        return {name: _watched(name, tensor, options, advance or (lambda read: None)) for name, tensor in tensors.items()}
+
+    optimizer = {state: watched(tensors, WriteOptions()) for state, tensors in weights.optimizer.items()}  # these keep their type
+    weights = replace(weights, tensors=watched(weights.tensors, options), optimizer=optimizer)
     remove(partial)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,20 +30,19 @@ from megatron_ext.topology import LayoutError
 from pangu.config import ModelConfig
 from pangu.conversion.slices import merged
 from pangu.conversion.torch_file import StoredTensor, load
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, complete
+from pangu.conversion.weights import LazyTensor, Overrides, States, Weights, complete
 from pangu.errors import InputError
 from pangu.model.block import RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import pipeline_layers, quiet
-from pangu.training.checkpoint import MANIFEST
+from pangu.training.manifest import MANIFEST, complete_steps
 
-_STEP = re.compile(r"step_\d{8,}")
 _LAYOUT = {"tensor": "parallel.tensor", "pipeline": "parallel.pipeline", "data": "data-parallel size", "zero": "parallel.zero_stage"}
 
 
 def detect(path: Path) -> bool:
     """Whether a path is a training checkpoint, the directory that holds them, or a run's directory."""
-    return path.is_dir() and ((path / MANIFEST).is_file() or any(_steps(folder) for folder in (path, path / "checkpoints")))
+    return path.is_dir() and ((path / MANIFEST).is_file() or any(complete_steps(folder) for folder in (path, path / "checkpoints")))
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
@@ -53,7 +51,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
     Raises:
         InputError: naming the file that is missing, damaged or is not what the manifest says.
     """
-    checkpoint = _open(_locate(path))
+    checkpoint = open_checkpoint(path)
     try:
         if checkpoint.layout["pipeline"] > 1:
             tensors = _pipeline_tensors(checkpoint)
@@ -76,11 +74,22 @@ def read(path: Path, overrides: Overrides) -> Weights:
         step=step if type(step) is int and step > 0 else None,
         left_out=tuple(sorted(checkpoint.sizes.keys() - checkpoint.opened)),
         tokenizer=exported if exported.is_file() else None,
+        files=tuple(checkpoint.folder / name for name in sorted(checkpoint.sizes)),
+        layout={"tensor": layout["tensor"], "pipeline": layout["pipeline"], "data": layout["data"], "zero_stage": layout["zero"]},
+        open_optimizer=partial(_open_optimizer, checkpoint.folder),
     )
 
 
+def _open_optimizer(folder: Path) -> States:
+    from pangu.conversion.deepspeed_optimizer import read_optimizer  # which is built on this file
+
+    return read_optimizer(folder).tensors
+
+
 @dataclass
-class _Checkpoint:
+class Checkpoint:
+    """One step's directory and what its manifest says."""
+
     folder: Path
     sizes: dict[str, int]
     """Bytes of every file, as the manifest has them."""
@@ -116,24 +125,27 @@ class _Checkpoint:
         return root
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Complete checkpoints in a directory, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [entry for entry in folder.iterdir() if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()]
-    return sorted(found, key=lambda entry: int(entry.name.removeprefix("step_")))
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one in it.
 
-
-def _locate(path: Path) -> Path:
+    Raises:
+        InputError: if there is none.
+    """
     if (path / MANIFEST).is_file():
         return path
     for folder in (path, path / "checkpoints"):
-        if steps := _steps(folder):
-            return steps[-1]
+        if steps := complete_steps(folder):
+            return folder / steps[-1]
     raise InputError(f"{path}: no training checkpoint: neither it nor a step_N in it or in its checkpoints/ has a {MANIFEST}.")
 
 
-def _open(folder: Path) -> _Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that a path names, or the newest in it; only its manifest is read.
+
+    Raises:
+        InputError: if there is none, or its manifest is not one.
+    """
+    folder = locate(path)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         identity = manifest["identity"]
@@ -147,7 +159,7 @@ def _open(folder: Path) -> _Checkpoint:
     whole = all(type(value) is int and lowest[key] <= value <= len(sizes) + 3 for key, value in layout.items())
     if not whole or precision not in ("fp32", "bf16", "fp16") or not isinstance(progress, dict) or not all(map(_is_size, sizes.values())):
         raise InputError(f"{folder / MANIFEST}: describes no layout that can be: {json.dumps(layout)[:200]}.")
-    return _Checkpoint(folder, sizes, layout, model, precision, progress)
+    return Checkpoint(folder, sizes, layout, model, precision, progress)
 
 
 def _is_size(value: Any) -> bool:
@@ -157,30 +169,30 @@ def _is_size(value: Any) -> bool:
 # --- what each layout left ----------------------------------------------------------------------------------------------------------------
 
 
-def _plain_tensors(checkpoint: _Checkpoint) -> dict[str, LazyTensor]:
+def _plain_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """No pipeline, ZeRO 0 to 2: a file a tensor rank holds all of the model."""
     modules = [
-        _section(checkpoint, name, checkpoint.load(name), "module")
+        section(checkpoint, name, checkpoint.load(name), "module")
         for name in (f"mp_rank_{rank:02d}_model_states.pt" for rank in range(checkpoint.layout["tensor"]))
     ]
-    specs = _model_parameters(checkpoint, len(modules[0]))
-    return _merge(checkpoint, specs, [_stored(checkpoint, module, specs) for module in modules])
+    specs = model_parameters(checkpoint, len(modules[0]))
+    return merge(checkpoint, specs, [_stored(checkpoint, module, specs) for module in modules])
 
 
-def _pipeline_tensors(checkpoint: _Checkpoint) -> dict[str, LazyTensor]:
+def _pipeline_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """A pipeline: a file for each layer and tensor rank. What is tied to an earlier layer has no file."""
     if checkpoint.config.num_layers > len(checkpoint.sizes):
         raise InputError(f"{checkpoint.folder}: {checkpoint.config.num_layers} layers, but just {len(checkpoint.sizes)} files.")
     tensors: dict[str, LazyTensor] = {}
-    for index, specs in enumerate(_pipeline_parameters(checkpoint.config)):
+    for index, specs in enumerate(pipeline_parameters(checkpoint.config)):
         if all(spec.name in tensors for spec in specs.values()):
             continue
         names = [f"layer_{index:02d}-model_{rank:02d}-model_states.pt" for rank in range(checkpoint.layout["tensor"])]
-        tensors |= _merge(checkpoint, specs, [_stored(checkpoint, checkpoint.load(name), specs) for name in names])
+        tensors |= merge(checkpoint, specs, [_stored(checkpoint, checkpoint.load(name), specs) for name in names])
     return tensors
 
 
-def _partitioned_tensors(checkpoint: _Checkpoint) -> dict[str, LazyTensor]:
+def _partitioned_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """ZeRO-3: every data rank holds an equal part of each parameter, rounded up, one after the other in flat fp32 buffers."""
     slices = []
     specs: dict[str, ShardSpec] = {}
@@ -188,12 +200,12 @@ def _partitioned_tensors(checkpoint: _Checkpoint) -> dict[str, LazyTensor]:
         # Every data rank's model file is the same: which parameters in which order. Its tensors are empty, but have the model's dtype.
         name = f"zero_pp_rank_0_mp_rank_{tensor_rank:02d}_model_states.pt"
         root = checkpoint.load(name)
-        module = _section(checkpoint, name, root, "module")
+        module = section(checkpoint, name, root, "module")
         groups = root.get("param_shapes")
         if type(groups) is not list or not all(isinstance(group, dict) for group in groups):
             raise InputError(f"{checkpoint.folder / name}: says nothing about its parameters' order.")
         order = [key for group in groups for key in group]
-        specs = specs or _model_parameters(checkpoint, len(module))
+        specs = specs or model_parameters(checkpoint, len(module))
         flats = [_flat_weights(checkpoint, data_rank, tensor_rank) for data_rank in range(checkpoint.layout["data"])]
         if set(order) != specs.keys() or len(order) != len(specs):
             raise InputError(f"{checkpoint.folder / name}: its parameters are not the {len(specs)} of the model in the manifest.")
@@ -211,10 +223,10 @@ def _partitioned_tensors(checkpoint: _Checkpoint) -> dict[str, LazyTensor]:
                     f"{checkpoint.folder}: a rank holds {flat.numel:,} fp32 weights, {begin:,} expected (tensor {tensor_rank})."
                 )
         slices.append(pieces)
-    return _merge(checkpoint, specs, slices)
+    return merge(checkpoint, specs, slices)
 
 
-def _merge(checkpoint: _Checkpoint, specs: dict[str, ShardSpec], slices: list[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+def merge(checkpoint: Checkpoint, specs: dict[str, ShardSpec], slices: list[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """Full tensors by canonical name from each tensor rank's slices by parameter name."""
     tensors = {}
     for key, spec in specs.items():
@@ -228,7 +240,7 @@ def _merge(checkpoint: _Checkpoint, specs: dict[str, ShardSpec], slices: list[di
     return tensors
 
 
-def _stored(checkpoint: _Checkpoint, module: dict[Any, Any], specs: dict[str, ShardSpec]) -> dict[str, LazyTensor]:
+def _stored(checkpoint: Checkpoint, module: dict[Any, Any], specs: dict[str, ShardSpec]) -> dict[str, LazyTensor]:
     """A file's tensors, which must be just the expected ones."""
     for key in specs.keys() ^ module.keys():
         where = "is missing" if key in specs else "is unknown"
@@ -241,7 +253,8 @@ def _stored(checkpoint: _Checkpoint, module: dict[Any, Any], specs: dict[str, Sh
     return tensors
 
 
-def _section(checkpoint: _Checkpoint, name: str, root: dict[Any, Any], key: str) -> dict[Any, Any]:
+def section(checkpoint: Checkpoint, name: str, root: dict[Any, Any], key: str) -> dict[Any, Any]:
+    """The dictionary under a key of what the file `name` holds."""
     value = root.get(key)
     if not isinstance(value, dict):
         raise InputError(f"{checkpoint.folder / name}: holds no {key}.")
@@ -251,7 +264,7 @@ def _section(checkpoint: _Checkpoint, name: str, root: dict[Any, Any], key: str)
 # --- parameters and their names -----------------------------------------------------------------------------------------------------------
 
 
-def _model_parameters(checkpoint: _Checkpoint, num_tensors: int) -> dict[str, ShardSpec]:
+def model_parameters(checkpoint: Checkpoint, num_tensors: int) -> dict[str, ShardSpec]:
     """The spec of every parameter of the model by its name in the module."""
     config = checkpoint.config
     if config.num_layers > num_tensors:
@@ -259,7 +272,7 @@ def _model_parameters(checkpoint: _Checkpoint, num_tensors: int) -> dict[str, Sh
     return _parameters(PanguModel(config, ParallelContext(device=torch.device("meta"))))
 
 
-def _pipeline_parameters(config: ModelConfig) -> Iterator[dict[str, ShardSpec]]:
+def pipeline_parameters(config: ModelConfig) -> Iterator[dict[str, ShardSpec]]:
     """Likewise for each layer of the pipeline."""
     accelerator.name()  # imports DeepSpeed without the warning that there is no GPU
     with quiet():
@@ -278,13 +291,14 @@ def _parameters(module: nn.Module) -> dict[str, ShardSpec]:
 
 
 @dataclass
-class _Flat:
-    """One rank's fp32 weights: buffers that are meant to lie one after the other."""
+class Flat:
+    """Buffers of one rank that are meant to lie one after the other."""
 
     buffers: list[StoredTensor]
 
     @property
     def numel(self) -> int:
+        """Elements of all buffers."""
         return sum(buffer.shape[0] for buffer in self.buffers)
 
     def copy_to(self, target: Tensor, begin: int) -> None:
@@ -297,17 +311,26 @@ class _Flat:
             at += buffer.shape[0]
 
 
-def _flat_weights(checkpoint: _Checkpoint, data_rank: int, tensor_rank: int) -> _Flat:
-    name = f"zero_pp_rank_{data_rank}_mp_rank_{tensor_rank:02d}_optim_states.pt"
+def load_optimizer(checkpoint: Checkpoint, data_rank: int, model_rank: int) -> tuple[str, dict[Any, Any]]:
+    """The file of one rank's optimizer, and what ZeRO keeps in it; model ranks count tensor ranks first, then stages."""
+    name = f"zero_pp_rank_{data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
     name = f"bf16_{name}" if f"bf16_{name}" in checkpoint.sizes else name
-    state = _section(checkpoint, name, checkpoint.load(name), "optimizer_state_dict")
-    buffers = state.get("fp32_flat_groups")
+    return name, section(checkpoint, name, checkpoint.load(name), "optimizer_state_dict")
+
+
+def flat_buffers(checkpoint: Checkpoint, name: str, buffers: Any) -> list[StoredTensor]:
+    """A list of one-dimensional tensors from the file `name`, or a refusal."""
     if type(buffers) is not list or not all(isinstance(buffer, StoredTensor) and len(buffer.shape) == 1 for buffer in buffers):
-        raise InputError(f"{checkpoint.folder / name}: holds no fp32 weights.")
-    return _Flat(buffers)
+        raise InputError(f"{checkpoint.folder / name}: its optimizer states are not those that DeepSpeed writes.")
+    return buffers
 
 
-def _join(flats: list[_Flat], begin: int, share: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _flat_weights(checkpoint: Checkpoint, data_rank: int, tensor_rank: int) -> Flat:
+    name, state = load_optimizer(checkpoint, data_rank, tensor_rank)
+    return Flat(flat_buffers(checkpoint, name, state.get("fp32_flat_groups")))
+
+
+def _join(flats: list[Flat], begin: int, share: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A parameter from every data rank's share of it; what the last rank has too much is padding."""
     whole = torch.empty(share * len(flats), dtype=torch.float32)
     for number, flat in enumerate(flats):

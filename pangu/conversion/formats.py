@@ -19,6 +19,8 @@ class Format:
     read: Callable[[Path, Overrides], Weights]
     write: Callable[[Weights, Path, WriteOptions], None] | None = None
     """None: the format is only read."""
+    keeps_optimizer: bool = False
+    """Whether the writer has a place for the optimizer's states."""
 
 
 FORMATS: dict[str, Format] = {
@@ -26,7 +28,7 @@ FORMATS: dict[str, Format] = {
     "megatron": Format(megatron.detect, megatron.read, megatron.write),
     "deepspeed": Format(deepspeed.detect, deepspeed.read),
     "mindspore-shards": Format(mindspore_shards.detect, mindspore_shards.read),
-    "mindspore": Format(mindspore.detect, mindspore.read, mindspore.write),
+    "mindspore": Format(mindspore.detect, mindspore.read, mindspore.write, keeps_optimizer=True),
     "npy": Format(npy.detect, npy.read, npy.write),
 }
 

@@ -11,27 +11,22 @@ kept as buffers, a vocabulary padded by the tool that the copy came from.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ext.collectives import all_gather, together
-from megatron_ext.sharding import ShardSpec
-from megatron_ext.topology import Group, Groups
 from pangu.config import ModelConfig
 from pangu.conversion import torch_file
 from pangu.conversion.torch_file import StoredTensor
 from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
-from pangu.files import publish, remove
 from pangu.tokenizer import EOT, MASK, PAD, SEP, UNK
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"
@@ -96,7 +91,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
     values = _read_object(path / CONFIG)
     described = _describe(path / CONFIG, values)
     ours = "final_norm" in values  # which no other tool writes
-    stored, container = _open_files(path)
+    stored, container, files = _open_files(path, overrides)
     tensors: dict[str, LazyTensor] = {}
     left_out: list[str] = []
     remarks = [] if ours else ["published by others"]
@@ -105,20 +100,24 @@ def read(path: Path, overrides: Overrides) -> Weights:
         if _BUFFER.fullmatch(canonical):
             left_out.append(name)
         elif canonical in tensors:
-            raise InputError(f"{path}: holds {canonical} twice, once as {name}.")
+            overrides.report(path, [f"holds {canonical} twice, once as {name}"], ".")
         else:
             tensors[canonical] = tensor
     if any(".out_proj." in name for name in stored):
         remarks.append("attn.out_proj read as attn.c_proj")
     if _HEAD in tensors and _WORDS in tensors:
-        if not _equal(tensors[_HEAD], tensors[_WORDS]):
+        head = tensors.pop(_HEAD)
+        left_out.append(_HEAD)
+        if not overrides.strict:  # it need not be read to see what is there
+            tensors[_WORDS] = replace(tensors[_WORDS], copies=lambda: [(_HEAD, head)])
+            remarks.append(f"{_HEAD} stored too")
+        elif _equal(head, tensors[_WORDS]):
+            remarks.append(f"{_HEAD} equal to {_WORDS}, left out")
+        else:
             raise InputError(
                 f"{path}: {_HEAD} differs from {_WORDS}. PanGu-α's output layer is the word embedding; a model whose output layer was "
                 "trained apart is another model, which no other format can hold."
             )
-        del tensors[_HEAD]
-        left_out.append(_HEAD)
-        remarks.append(f"{_HEAD} equal to {_WORDS}, left out")
     rows = tensors[_WORDS].shape[0] if _WORDS in tensors and tensors[_WORDS].shape else 0
     if not ours and rows in _PADDED_VOCABULARIES - {VOCAB_SIZE}:
         tensors[_WORDS] = _first_rows(tensors[_WORDS], VOCAB_SIZE)
@@ -132,10 +131,12 @@ def read(path: Path, overrides: Overrides) -> Weights:
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{path}: {name} is {kind}; expected floating point. Quantised weights cannot be converted.")
+            overrides.report(path, [f"{name} is {kind}; expected floating point"], ". Quantised weights cannot be converted.")
     tokenizer = path / TOKENIZER if (path / TOKENIZER).is_file() else None
     source = "; ".join([f"HuggingFace directory ({container})", *remarks])
-    return complete(path, tensors, overrides, source=source, described=described, left_out=tuple(left_out), tokenizer=tokenizer)
+    return complete(
+        path, tensors, overrides, source=source, described=described, left_out=tuple(left_out), tokenizer=tokenizer, files=tuple(files)
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -193,20 +194,27 @@ def _canonical_name(name: str, *, base: bool) -> str:
     return name.replace(".attn.out_proj.", ".attn.c_proj.")
 
 
-def _open_files(path: Path) -> tuple[dict[str, LazyTensor], str]:
-    """Every stored tensor by its own name, and what kind of files they are in."""
+def _open_files(path: Path, overrides: Overrides) -> tuple[dict[str, LazyTensor], str, list[Path]]:
+    """Every stored tensor by its own name, what kind of files they are in, and which."""
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if (path / index).exists():
             tensors: dict[str, LazyTensor] = {}
-            for file, names in _read_index(path / index, Path(single).suffix).items():
-                found = _open_file(file)
-                for name in names:
-                    if name not in found:
-                        raise InputError(f"{file}: lacks {name}, which {index} says it holds. Copy or convert the weights again.")
-                    tensors[name] = found[name]
-            return tensors, Path(single).suffix.removeprefix(".")
+            files = _read_index(path / index, Path(single).suffix)
+            for file, names in files.items():
+                try:
+                    found = _open_file(file)
+                except InputError as error:
+                    if overrides.problems is None:
+                        raise
+                    overrides.problems.append(str(error))
+                    continue
+                absent = [name for name in names if name not in found]
+                if absent and overrides.strict:
+                    raise InputError(f"{file}: lacks {absent[0]}, which {index} says it holds. Copy or convert the weights again.")
+                tensors |= {name: found[name] for name in names if name in found}
+            return tensors, Path(single).suffix.removeprefix("."), list(files)
         if (path / single).exists():
-            return _open_file(path / single), Path(single).suffix.removeprefix(".")
+            return _open_file(path / single), Path(single).suffix.removeprefix("."), [path / single]
     raise InputError(f"{path / SINGLE}: cannot be read: there is neither it nor {INDEX}, {BIN_SINGLE} or {BIN_INDEX}.")
 
 
@@ -271,21 +279,20 @@ def _open_pickled(path: Path) -> dict[str, LazyTensor]:
     return {name: lazy(stored) for name, stored in root.items()}
 
 
-def _rows(tensor: LazyTensor, begin: int, end: int) -> Tensor:
-    return tensor.read_part(0, begin, end) if tensor.read_part else tensor.read()[begin:end]
-
-
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two matrices hold the same numbers, compared a few rows at a time."""
     if one.shape != other.shape or len(one.shape) != 2:
         return False
     rows, step = one.shape[0], max(1, 2**22 // max(1, one.shape[1]))
     ranges = [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-    return all(torch.equal(_rows(one, *part).float(), _rows(other, *part).float()) for part in ranges)
+    return all(torch.equal(one.part(0, *part).float(), other.part(0, *part).float()) for part in ranges)
 
 
 def _first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
-    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:count], tensor.read_part)
+    def copies() -> list[tuple[str, LazyTensor]]:
+        return [(place, _first_rows(copy, count)) for place, copy in tensor.copies()]
+
+    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:count], tensor.read_part, copies)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------------------------
@@ -311,12 +318,12 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
         room -= size
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = _file_name(number, len(shards))
+        file = file_name(number, len(shards))
         _write_safetensors(output / file, shard, options.dtype)
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(_num_bytes(tensor, options.dtype) for tensor in weights.tensors.values())
-    _write_index(output, weight_map, total)
-    _write_companions(output, weights.config, options.dtype or weights.dtype, weights.tokenizer)
+    write_index(output, weight_map, total)
+    write_companions(output, weights.config, options.dtype or weights.dtype, weights.tokenizer)
 
 
 def _num_bytes(tensor: LazyTensor, dtype: torch.dtype | None) -> int:
@@ -342,16 +349,18 @@ def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: tor
             file.write(value.to(dtype or value.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _file_name(number: int, count: int) -> str:
+def file_name(number: int, count: int) -> str:
+    """Of the `number`-th of `count` files of weights, from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Say which file holds which tensor, and how many bytes all have."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(directory / INDEX, index)
 
 
-def _write_companions(directory: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
+def write_companions(directory: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
     """What lies beside the tensors: the model's description, the tokenizer, the code for transformers."""
     _write_json(directory / CONFIG, _config_json(config, dtype))
     _write_json(directory / "tokenizer_config.json", _tokenizer_json(config))
@@ -403,95 +412,3 @@ def _tokenizer_json(config: ModelConfig) -> dict[str, Any]:
         "sep_token": SEP,
         "mask_token": MASK,
     }
-
-
-def write_weights(
-    path: Path,
-    config: ModelConfig,
-    groups: Groups,
-    parameters: Iterable[tuple[ShardSpec, Callable[[], Any]]],
-    *,
-    tokenizer: Path | None = None,
-) -> None:
-    """Write the weights of a running model as a canonical directory, whole or not at all. Every rank must call this.
-
-    Each pipeline stage writes its own files, one parameter at a time: its slices are gathered over the tensor-parallel group, and the first
-    rank of the stage holds at most one file's worth of tensors.
-
-    Args:
-        path: the directory; one that exists is replaced once the new one is complete.
-        config: the model.
-        groups: this rank's groups.
-        parameters: this rank's, in the same order on every rank of a stage: the spec, and a context manager that gives the rank's slice.
-        tokenizer: a `vocab.model` to put beside the weights, or the directory that holds it.
-    """
-    partial = path.with_name(path.name + ".partial")
-
-    def prepare() -> None:
-        if groups.world.rank == 0:
-            remove(partial)
-            partial.mkdir(parents=True)
-
-    _together(prepare, groups.world, path)
-    is_writer = groups.data.rank == 0 and groups.tensor.rank == 0
-    stage, last = groups.coordinates.pipe, groups.topology.pipeline - 1
-    files: list[tuple[str, dict[str, int]]] = []  # temporary name, bytes of each tensor
-    pending: dict[str, Tensor] = {}
-    dtype = torch.float32
-
-    failure: OSError | None = None
-
-    def flush() -> None:
-        """Write a file. A failure is told at the end: until then the other ranks need this one for gathering."""
-        nonlocal failure
-        if pending and failure is None:
-            name = f"stage{stage:03d}-{len(files):05d}.safetensors"
-            try:
-                save_file(pending, partial / name, metadata={"format": "pt"})
-                os.chmod(partial / name, 0o644)  # safetensors makes files that only their owner can read
-            except (OSError, SafetensorError) as error:
-                failure = OSError(str(error))
-            files.append((name, {key: tensor.nbytes for key, tensor in pending.items()}))
-        pending.clear()
-
-    for spec, whole in parameters:
-        with whole() as local:
-            if stage == last > 0 and spec.name == "transformer.wte.weight":
-                continue  # tied: the first stage writes it
-            full = spec.merge([all_gather(local, groups.tensor, spec.split_dim)] if spec.split_dim is not None else [local])
-            if is_writer:
-                dtype = full.dtype
-                pending[spec.name] = full.detach().to("cpu", copy=True).contiguous()
-                if sum(tensor.nbytes for tensor in pending.values()) >= SHARD_BYTES:
-                    flush()
-    if is_writer:
-        flush()
-
-    def written() -> list[tuple[str, dict[str, int]]]:
-        if failure is not None:
-            raise failure
-        return files
-
-    everything = [entry for entries in _together(written, groups.world, path) for entry in entries]
-
-    def commit() -> None:
-        if groups.world.rank != 0:
-            return
-        weight_map: dict[str, str] = {}
-        total_size = sum(sum(sizes.values()) for _, sizes in everything)
-        for number, (temporary, names) in enumerate(everything, start=1):
-            final = _file_name(number, len(everything))
-            os.rename(partial / temporary, partial / final)
-            weight_map.update(dict.fromkeys(names, final))
-        _write_index(partial, weight_map, total_size)
-        _write_companions(partial, config, dtype, tokenizer)
-        publish(partial, path)
-
-    _together(commit, groups.world, path)
-
-
-def _together(action: Callable[[], Any], world: Group, path: Path) -> list[Any]:
-    try:
-        return together(action, world)
-    except OSError as error:
-        raise InputError(f"{path}: the weights could not be written ({error}). Free some space or mend the directory.") from None

@@ -84,17 +84,22 @@ def read(path: Path, overrides: Overrides) -> Weights:
     roots = [_load(file) for file in files]
     steps = {_step(root) for root in roots}
     if len(steps) > 1:
-        raise InputError(f"{path}: its files are of different iterations: {', '.join(sorted(map(str, steps)))}.")
+        overrides.report(path, [f"its files are of different iterations: {', '.join(sorted(map(str, steps)))}"], ".")
     slices = [_flatten(file, root["model"]["language_model"]) for file, root in zip(files, roots, strict=True)]
     for file, stored in zip(files, slices, strict=True):
-        if different := stored.keys() ^ slices[0].keys():
-            raise InputError(f"{file}: {min(different)} is either there or in {files[0]}, not in both.")
+        different = sorted(stored.keys() ^ slices[0].keys())
+        overrides.report(file, [f"{name} is either there or in {files[0]}, not in both" for name in different], ".")
     described, told = _described(roots[0])
     tensors: dict[str, LazyTensor] = {}
-    for canonical, name in _canonical_names(path, slices[0]).items():
+    names, num_layers = _canonical_names(path, slices[0], overrides)
+    for canonical, name in names.items():
         split_dim = _split_dims().get(re.sub(r"\.h\.\d+\.", ".h.0.", canonical))
-        pieces = [stored[name] for stored in slices]
-        shape = _full_shape(files, name, pieces, split_dim)
+        pieces = [stored[name] for stored in slices if name in stored]
+        shape = _full_shape(files, name, pieces, split_dim, overrides)
+        if shape is None:
+            continue
+        if split_dim is not None and split_dim >= len(shape):
+            split_dim = None  # of a wrong shape, which `complete` says
         if canonical == "transformer.wte.weight" and shape:
             rows = _vocab_size(path, shape[0], len(files), roots[0], described)
             if rows != shape[0]:
@@ -108,8 +113,11 @@ def read(path: Path, overrides: Overrides) -> Weights:
         tensors,
         overrides,
         source=f"Megatron checkpoint of the published PyTorch port, {len(files)} file{'s' if len(files) > 1 else ''}, {told}",
+        num_layers=num_layers,
         described=described,
-        step=steps.pop(),
+        step=next(iter(steps)) if len(steps) == 1 else None,
+        files=tuple(files),
+        layout={"tensor": len(files)},
         left_out=tuple(sorted(key for key in roots[0] if type(key) is str and key not in ("model", "iteration", DIALECT))),
         tokenizer=next((file for file in beside if file.is_file()), None),
     )
@@ -191,15 +199,18 @@ def _flatten(file: Path, tree: dict[Any, Any]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _canonical_names(path: Path, stored: dict[str, StoredTensor]) -> dict[str, str]:
-    """The stored name of each canonical tensor; what has no canonical name keeps its own, to be refused as unknown."""
+def _canonical_names(path: Path, stored: dict[str, StoredTensor], overrides: Overrides) -> tuple[dict[str, str], int]:
+    """The stored name of each canonical tensor, and the number of layers; what has no canonical name keeps its own, to be refused as
+    unknown.
+    """
     blocks = {int(match[1]) for name in stored if (match := re.match(r"transformer\.layers\.(\d{1,4})\.", name))}
     absent = next((number for number in range(len(blocks)) if number not in blocks), None)
-    if absent is not None:
+    if absent is not None and overrides.strict:
         raise InputError(f"{path}: lacks transformer.layers.{absent}, but has a layer {max(blocks)}.")
-    if len(stored) < 16 * len(blocks):
+    if len(stored) < (16 if overrides.strict else 1) * len(blocks):
         raise InputError(f"{path}: has {len(blocks)} layers besides the query layer, but just {len(stored)} tensors.")
-    canonical = {".".join(theirs): ours for ours, theirs in _port_names(len(blocks) + 1).items()}
+    num_layers = max(blocks, default=-1) + 2
+    canonical = {".".join(theirs): ours for ours, theirs in _port_names(num_layers).items()}
     names: dict[str, str] = {}
     for name in stored:
         # PanGu-α Evolution renamed the query embedding; the port's loader takes either.
@@ -208,7 +219,7 @@ def _canonical_names(path: Path, stored: dict[str, StoredTensor]) -> dict[str, s
         if ours in names:
             raise InputError(f"{path}: holds the query embedding twice, as {names[ours]} and {name}.")
         names[ours] = name
-    return names
+    return names, num_layers
 
 
 def _port_names(num_layers: int) -> dict[str, tuple[str, ...]]:
@@ -232,12 +243,18 @@ def _split_dims() -> dict[str, int | None]:
     return {name: spec.split_dim for name, spec in specs.items()}
 
 
-def _full_shape(files: list[Path], name: str, pieces: list[StoredTensor], split_dim: int | None) -> tuple[int, ...]:
+def _full_shape(
+    files: list[Path], name: str, pieces: list[StoredTensor], split_dim: int | None, overrides: Overrides
+) -> tuple[int, ...] | None:
+    """None where problems are collected and the pieces make no tensor."""
+    if len(pieces) < len(files):
+        return None
     first = pieces[0]
     for file, piece in zip(files, pieces, strict=True):
         if (piece.shape, piece.dtype) != (first.shape, first.dtype):
             expected = f"{first.dtype} {list(first.shape)} as in {files[0]}"
-            raise InputError(f"{file}: {name} is {piece.dtype} {list(piece.shape)}, expected {expected}.")
+            overrides.report(file, [f"{name} is {piece.dtype} {list(piece.shape)}, expected {expected}"], ".")
+            return None
     if split_dim is None or split_dim >= len(first.shape):
         return first.shape
     return tuple(extent * len(pieces) if dim == split_dim else extent for dim, extent in enumerate(first.shape))

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 
 from pangu.config import ModelConfig
 from pangu.conversion.mindspore_file import StoredTensor, scan, write_tensor
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions, complete
+from pangu.conversion.weights import LazyTensor, Overrides, States, Weights, WriteOptions, complete
 from pangu.errors import InputError
 
 # Names inside a block, in the order in which MindSpore saves them, and ours.
@@ -79,6 +80,8 @@ _DIALECTS = {
     "word_embedding_table": ("names of mindformers' converter, which renames weights trained with the tanh GELU", "tanh"),
 }
 
+# What its Adam keeps of a parameter, and how torch calls the same.
+_MOMENTS = {"exp_avg": "adam_m.", "exp_avg_sq": "adam_v."}
 _PREFIX = re.compile(r"(?:(?:backbone|network|module)\.)*")
 _BLOCK = re.compile(r"(?:blocks\.(0|[1-9]\d{0,3})|top_query_layer)\.(.+)")
 _NO_WEIGHT = re.compile(
@@ -111,15 +114,33 @@ def read(path: Path, overrides: Overrides) -> Weights:
         form="MindSpore .ckpt",
         step=read_step(stored, path),
         tokenizer=tokenizer_beside(path),
+        files=(path,),
+        open_optimizer=partial(_open_optimizer, path, stored) if any(name.startswith("adam_m.") for name in stored) else None,
     )
+
+
+def _open_optimizer(path: Path, stored: Mapping[str, StoredTensor]) -> States:
+    states = {}
+    for state, prefix in _MOMENTS.items():
+        names = [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
+        found, *_ = _canonical_names(path, names, Overrides())
+        states[state] = {ours: stored_layout(ours, stored[prefix + name].lazy(path, prefix + name)) for ours, name in found.items()}
+    return states
 
 
 def write(weights: Weights, output: Path, options: WriteOptions) -> None:
     """One .ckpt, byte for byte as MindSpore saves the model; names as in `file_names`."""
+    names = file_names(weights.config)
     with open(output, "wb") as file:
-        for canonical, name in file_names(weights.config).items():
+        for canonical, name in names.items():
             tensor = stored_layout(canonical, weights.tensors[canonical])
             write_tensor(file, name, tensor.read(), options.dtype or tensor.dtype)
+        for state, tensors in weights.optimizer.items():
+            for canonical, name in names.items():
+                tensor = stored_layout(canonical, tensors[canonical])
+                write_tensor(file, _MOMENTS[state] + name, tensor.read(), tensor.dtype)
+        if weights.optimizer and weights.step is not None:
+            write_tensor(file, "global_step", torch.tensor([weights.step], dtype=torch.int32), torch.int32)
 
 
 def file_names(config: ModelConfig) -> dict[str, str]:
@@ -148,11 +169,15 @@ def file_names(config: ModelConfig) -> dict[str, str]:
 
 def stored_layout(canonical: str, tensor: LazyTensor) -> LazyTensor:
     """A tensor in the original's layout from ours, or in ours from the original's: the two differ by a transpose."""
-    if not canonical.endswith(_TRANSPOSED):
+    if not canonical.endswith(_TRANSPOSED) or len(tensor.shape) != 2:
         return tensor
     part = tensor.read_part
     read_part = None if part is None else lambda dimension, begin, end: part(1 - dimension, begin, end).T
-    return replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T, read_part=read_part)
+
+    def copies() -> Iterator[tuple[str, LazyTensor]]:
+        return ((place, stored_layout(canonical, copy)) for place, copy in tensor.copies())
+
+    return replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T, read_part=read_part, copies=copies)
 
 
 def assemble(
@@ -171,23 +196,42 @@ def assemble(
     Raises:
         InputError: naming the tensor that is unknown, missing, there twice, or not in the layout of its dialect.
     """
-    found, left_out, dialect, gelu, pipeline = _canonical_names(where, names)
-    tensors = {canonical: open_tensor(name) for canonical, name in found.items()}
+    found, num_layers, left_out, dialect, gelu, pipeline = _canonical_names(where, names, overrides)
+    tensors = {}
     for canonical, name in found.items():
-        shape = tensors[canonical].shape
-        if not shape or min(shape) < 1:
-            raise InputError(f"{where}: {name} has shape {list(shape)}; no weight has.")
-    if len(tensors[_WORD].shape) == 2:
+        try:
+            tensor = open_tensor(name)
+        except InputError as error:
+            if overrides.problems is None:
+                raise
+            overrides.problems.append(str(error))
+            continue
+        if not tensor.shape or min(tensor.shape) < 1:
+            overrides.report(where, [f"{name} has shape {list(tensor.shape)}; no weight has"], ".")
+        tensors[canonical] = tensor
+    if overrides.strict and len(tensors[_WORD].shape) == 2:
         _check_layout(where, found, tensors)
     tensors = {canonical: stored_layout(canonical, tensor) for canonical, tensor in tensors.items()}
     final_norm = "after_query" if pipeline else "before_query"
     return complete(
-        where, tensors, overrides, source=f"{form}, {dialect}", gelu=gelu, final_norm=final_norm, left_out=tuple(left_out), **rest
+        where,
+        tensors,
+        overrides,
+        source=f"{form}, {dialect}",
+        gelu=gelu,
+        final_norm=final_norm,
+        num_layers=num_layers,
+        left_out=tuple(left_out),
+        **rest,
     )
 
 
-def _canonical_names(where: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str], str, str, bool]:
-    """The stored name of each canonical tensor, what is no weight, and what the names tell: dialect, GELU, whether of the pipeline code."""
+def _canonical_names(where: Path, names: Iterable[str], overrides: Overrides) -> tuple[dict[str, str], int, list[str], str, str, bool]:
+    """The stored name of each canonical tensor, the number of layers, what is no weight, and what the names tell: dialect, GELU, whether of
+    the pipeline code.
+
+    Where problems are collected, an unknown tensor keeps its own name, and what is missing is left to `complete`, which lists all of it.
+    """
     outside: dict[str, str] = {}
     blocks: dict[int | None, dict[str, str]] = {}
     left_out = []
@@ -201,31 +245,37 @@ def _canonical_names(where: Path, names: Iterable[str]) -> tuple[dict[str, str],
         table = blocks.setdefault(int(match[1]) if match[1] else None, {}) if match else outside
         ours = (_IN_BLOCK if match else _OUTSIDE).get(key)
         if ours is None:
-            raise InputError(f"{where}: holds {name}, which no dialect of PanGu's names knows.")
-        if ours in table:
-            raise InputError(f"{where}: holds {table[ours]} and {name}, which are the same tensor.")
-        table[ours] = name
+            if overrides.strict:
+                raise InputError(f"{where}: holds {name}, which no dialect of PanGu's names knows.")
+            outside[name] = name
+        elif ours in table:
+            overrides.report(where, [f"holds {table[ours]} and {name}, which are the same tensor"], ".")
+        else:
+            table[ours] = name
     for ours, usual in ((_WORD, "a word embedding"), (_POSITION, "a position embedding"), (_QUERY, "a query embedding")):
-        if ours not in outside:
+        if ours not in outside and overrides.strict:
             raise InputError(f"{where}: lacks {usual} under any name; it is no complete PanGu model.")
-    word, position = (_PREFIX.sub("", outside[name], count=1) for name in (_WORD, _POSITION))
-    dialect, gelu = _DIALECTS[word]
+    word, position = (_PREFIX.sub("", outside.get(name, ""), count=1) for name in (_WORD, _POSITION))
+    dialect, gelu = _DIALECTS.get(word, ("without a word embedding, whose name tells the dialect", "tanh"))
     pipeline = position == _PIPELINE_POSITION
     if pipeline:
         dialect, gelu = "names of the pipeline (200B) code", "tanh"
     if pipeline == (None in blocks):
         problem = "holds" if pipeline else "lacks"
-        raise InputError(f"{where}: {problem} backbone.top_query_layer, against its {dialect}.")
-    num_blocks = len(blocks) - (not pipeline)
+        overrides.report(where, [f"{problem} backbone.top_query_layer, against its {dialect}"], ".")
+        pipeline = False
+    num_blocks = 1 + max((index for index in blocks if index is not None), default=-1)
     found = dict(outside)
-    for index in range(num_blocks + (not pipeline)):
+    num_layers = num_blocks + (not pipeline)
+    for index in range(num_layers):
         source = None if index == num_blocks else index
         block = "backbone.top_query_layer" if source is None else f"backbone.blocks.{source}"
         for theirs, ours in _IN_BLOCK.items():
-            if ours not in blocks.get(source, {}):
+            if ours in blocks.get(source, {}):
+                found[f"transformer.h.{index}.{ours}"] = blocks[source][ours]
+            elif overrides.strict:
                 raise InputError(f"{where}: lacks {block}.{theirs}; every layer has {len(_IN_BLOCK)} tensors.")
-            found[f"transformer.h.{index}.{ours}"] = blocks[source][ours]
-    return found, left_out, dialect, gelu, pipeline
+    return found, num_layers, left_out, dialect, gelu, pipeline
 
 
 def _check_layout(where: Path, found: dict[str, str], tensors: dict[str, LazyTensor]) -> None:

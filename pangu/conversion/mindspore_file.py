@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,22 +234,33 @@ def scan(path: Path) -> dict[str, StoredTensor]:
         return _scan(whole)
 
 
-def verify_checksum(path: Path) -> bool:
+def verify_checksum(path: Path, advance: Callable[[int], None] = lambda read: None) -> bool:
     """Read every byte of a .ckpt and compare it with the CRC-32 at its end; False if it has none.
+
+    Args:
+        path: the file.
+        advance: called with the bytes of each block as it is read.
 
     Raises:
         InputError: if the two differ.
     """
-    with mapped(path) as whole:
-        trailer = whole.buffer[-TRAILER_BYTES:]
-        if not trailer.startswith(TRAILER):
-            return False
-        checksum, end = 0, whole.end - TRAILER_BYTES
-        for at in range(0, end, BLOCK_BYTES):
-            checksum = zlib.crc32(whole.buffer[at : min(at + BLOCK_BYTES, end)], checksum)
-        if checksum != int.from_bytes(trailer[len(TRAILER) :], "big"):
-            raise InputError(f"{path}: its bytes do not have the CRC-32 that it ends with. It is damaged: copy it again.")
-        return True
+    try:
+        with open(path, "rb") as file:
+            end = max(0, file.seek(0, 2) - TRAILER_BYTES)
+            file.seek(end)
+            trailer = file.read(TRAILER_BYTES)
+            if not trailer.startswith(TRAILER):
+                return False
+            checksum, left = 0, end
+            file.seek(0)
+            while block := file.read(min(BLOCK_BYTES, left)):
+                checksum, left = zlib.crc32(block, checksum), left - len(block)
+                advance(len(block))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    if checksum != int.from_bytes(trailer[len(TRAILER) :], "big"):
+        raise InputError(f"{path}: its bytes do not have the CRC-32 that it ends with. It is damaged: copy it again.")
+    return True
 
 
 def _scan(whole: Message) -> dict[str, StoredTensor]:

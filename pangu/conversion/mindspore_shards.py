@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
 
     steps = {read_step(shard, file) for file, shard in zip(files, shards, strict=True)}
     if len(steps) > 1:
-        raise InputError(f"{path}: its ranks are of different training steps: {', '.join(sorted(map(str, steps)))}.")
+        overrides.report(path, [f"its ranks are of different training steps: {', '.join(sorted(map(str, steps)))}"], ".")
     return assemble(
         path,
         [*arrays, *(name for name in shards[0] if name not in arrays)],
@@ -114,6 +114,8 @@ def read(path: Path, overrides: Overrides) -> Weights:
         form=f"MindSpore checkpoint of {len(files)} ranks" + (" with embeddings from .npy files" if arrays else ""),
         step=steps.pop(),
         tokenizer=tokenizer_beside(path),
+        files=(*files, *arrays.values()),
+        layout={"ranks": len(files)},
     )
 
 
@@ -196,7 +198,13 @@ def _merged(strategy_path: Path, name: str, layout: Layout, files: Sequence[Path
             target.copy_(shards[rank][name].read(files[rank]))
         return full
 
-    return LazyTensor(shape, local.dtype, read_tensor)
+    def copies() -> Iterator[tuple[str, LazyTensor]]:
+        """Of a tensor that every rank holds whole."""
+        if len(placed) == 1:
+            first = placed[0][0]
+            yield from ((f"rank {rank}", shards[rank][name].lazy(file, name)) for rank, file in enumerate(files) if rank != first)
+
+    return LazyTensor(shape, local.dtype, read_tensor, copies=copies)
 
 
 def read_strategy(path: Path) -> dict[str, Layout]:

@@ -45,6 +45,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
         overrides,
         form="directory of .npy files",
         tokenizer=tokenizer_beside(path),
+        files=tuple(files.values()),
     )
 
 

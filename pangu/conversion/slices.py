@@ -14,7 +14,7 @@ def merged(pieces: Sequence[LazyTensor], split_dim: int | None, shape: tuple[int
     """The full tensor, as `ShardSpec.merge` would put it together, with one slice mapped at a time.
 
     Args:
-        pieces: in rank order, all of one shape and dtype. Of a replicated tensor the first is read.
+        pieces: in rank order, all of one shape and dtype. Of a replicated tensor the first is read, the others are its copies.
         split_dim: the dimension they are cut along.
         shape: of the full tensor; where the slices make more, the rest is padding and dropped.
     """
@@ -39,4 +39,7 @@ def merged(pieces: Sequence[LazyTensor], split_dim: int | None, shape: tuple[int
                 result.narrow(split_dim, first - low, last - first).copy_(values)
         return result
 
+    if split_dim is None:
+        copies = [(f"tensor rank {rank}", piece) for rank, piece in enumerate(pieces[1:], start=1)]
+        return LazyTensor(shape, pieces[0].dtype, pieces[0].read, part, lambda: copies)
     return LazyTensor(shape, pieces[0].dtype, lambda: part(0, 0, shape[0]), part)

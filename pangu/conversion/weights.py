@@ -7,8 +7,8 @@ formats need N readers and N writers. A conversion holds one tensor in memory, w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_ext.context import ParallelContext
 from megatron_ext.sharding import ShardSpec, canonical_parameters
 from pangu.config import ModelConfig
-from pangu.errors import InputError
+from pangu.errors import InputError, one_line
 from pangu.model.model import PanguModel
 
 VOCAB_SIZE = 40000
@@ -38,6 +38,16 @@ class LazyTensor:
     """Reads it. The result may be a view of a memory-mapped file: do not write into it, and drop it before reading the next."""
     read_part: Callable[[int, int, int], Tensor] | None = None
     """Reads [begin, end) along a dimension, where the format can do that without reading all: (dimension, begin, end)."""
+    copies: Callable[[], Iterable[tuple[str, LazyTensor]]] = tuple
+    """Where else the source holds the same tensor, which is not read from there: (place in words, tensor as it is stored)."""
+
+    def part(self, dimension: int, begin: int, end: int) -> Tensor:
+        """[begin, end) along a dimension, reading no more than that if the format can."""
+        return self.read_part(dimension, begin, end) if self.read_part else self.read().narrow(dimension, begin, end - begin)
+
+
+States = Mapping[str, Mapping[str, LazyTensor]]
+"""What Adam keeps, by state (`exp_avg`, `exp_avg_sq`: running means of the gradient and of its square) and canonical name."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,25 @@ class Overrides:
     num_heads: int | None = None
     gelu: str | None = None
     final_norm: str | None = None
+    problems: list[str] | None = None
+    """An inspection's: what is wrong with a model is added to it and reading goes on. None: the first problem is refused."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether the first problem is refused."""
+        return self.problems is None
+
+    def report(self, where: Path, problems: Sequence[str], ending: str = "") -> None:
+        """Refuse the first of some problems, saying how many more there are, or note all of them.
+
+        Raises:
+            InputError: unless problems are collected.
+        """
+        if self.problems is not None:
+            self.problems.extend(f"{where}: {problem}" for problem in problems)
+        elif problems:
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise InputError(f"{where}: {one_line(problems[0])}{more}{ending}")
 
 
 @dataclass(frozen=True)
@@ -61,9 +90,12 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class Weights:
-    """A complete model: every tensor of its configuration, with the right shape, and no other."""
+    """A complete model: every tensor of its configuration, with the right shape, and no other. Problems that were collected while it was
+    read (`Overrides.problems`) say what does not hold of that.
+    """
 
     config: ModelConfig
+    """Where problems were collected, `num_heads` is 0 if nothing says it: no model can be built from that."""
     tensors: Mapping[str, LazyTensor]
     source: str
     """Format and dialect, in words."""
@@ -73,11 +105,42 @@ class Weights:
     """Names in the source that are no weights: optimizer states, bookkeeping."""
     tokenizer: Path | None = None
     """A `vocab.model` that lies beside the weights."""
+    files: Sequence[Path] = field(default_factory=tuple)
+    """What the source consists of, configuration and tokenizer aside."""
+    layout: Mapping[str, int] = field(default_factory=dict)
+    """How the source is cut: ranks, or training's tensor, pipeline and data sizes and ZeRO stage; empty if it is not."""
+    open_optimizer: Callable[[], States] | None = None
+    """Opens the optimizer's states, where the source has them; one of them is `fp32`, the weights, if `tensors` are rounded."""
+    optimizer: States = field(default_factory=dict)
+    """States that are to be written with the weights."""
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in: that of the word embedding."""
         return self.tensors["transformer.wte.weight"].dtype
+
+    def with_optimizer(self) -> Weights:
+        """The weights in fp32, with the states of the optimizer that trained them.
+
+        Raises:
+            InputError: if the source holds none.
+        """
+        if self.open_optimizer is None:
+            raise InputError(f"{self.source}: holds no optimizer states. Leave --with-optimizer out.")
+        states = dict(self.open_optimizer())
+        masters = states.pop("fp32", self.tensors)
+        return replace(self, tensors={name: masters[name] for name in self.tensors}, optimizer=states)
+
+    def refuse_other(self, model: ModelConfig, where: str) -> None:
+        """Refuse a model that these weights are not the weights of.
+
+        Raises:
+            InputError: beginning with `where`, naming the key that differs.
+        """
+        for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
+            ours, theirs = getattr(model, key), getattr(self.config, key)
+            if ours != theirs:
+                raise InputError(f"{where}: its {key} is {theirs}, but model.{key} = {ours}. Set model.{key}={theirs}.")
 
     def fill(self, local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
         """Write one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`), reading no more than that if the format can."""
@@ -107,6 +170,7 @@ def complete(
     source: str,
     gelu: str = "tanh",
     final_norm: str = "before_query",
+    num_layers: int = 0,
     described: Mapping[str, Any] | None = None,
     **rest: Any,
 ) -> Weights:
@@ -119,59 +183,70 @@ def complete(
         source: see `Weights.source`.
         gelu: what the format or dialect implies.
         final_norm: likewise.
+        num_layers: how many the names show, where a query layer without tensors would leave no trace in the canonical ones.
         described: what a configuration beside the tensors says, by `ModelConfig` key. A size that the tensors contradict is refused.
         rest: other fields of `Weights`.
 
     Raises:
-        InputError: naming the tensor that is missing, unknown or of the wrong shape, or the size that disagrees.
+        InputError: naming the tensor that is missing, unknown or of the wrong shape, or the size that disagrees; and always, even where
+            problems are collected, if what is there describes no PanGu model.
     """
     described = dict(described or {})
-    sizes = _infer_sizes(where, tensors)
-    for key, inferred in sizes.items():
-        if described.get(key, inferred) != inferred:
-            raise InputError(
-                f"{where}: its configuration says {key} = {described[key]}, but its tensors have {inferred}. One of them is wrong."
-            )
+    sizes = _infer_sizes(where, tensors, num_layers)
+    different = [key for key, inferred in sizes.items() if described.get(key, inferred) != inferred]
+    overrides.report(
+        where, [f"its configuration says {key} = {described[key]}, but its tensors have {sizes[key]}" for key in different], "."
+    )
     hidden = sizes["hidden_size"]
     num_heads = overrides.num_heads or described.get("num_heads") or HEADS_BY_HIDDEN_SIZE.get(hidden)
-    if num_heads is None:
+    if num_heads is None and overrides.strict:
         raise InputError(f"{where}: weights do not say how many attention heads hidden size {hidden} is cut into. Give --heads.")
-    values = described | sizes | {"num_heads": num_heads, "gelu": overrides.gelu or described.get("gelu", gelu)}
+    values = described | sizes | {"num_heads": num_heads or 1, "gelu": overrides.gelu or described.get("gelu", gelu)}
     values["final_norm"] = overrides.final_norm or described.get("final_norm", final_norm)
     try:
         config = ModelConfig.model_validate(values)
     except ValueError as error:
         raise InputError(f"{where}: {_first_problem(error)}") from None
     specs = model_specs(config)
-    for what, names in (("lacks", specs.keys() - tensors.keys()), ("holds unknown", tensors.keys() - specs.keys())):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{where}: {what} {min(names)}{more}; a model of {config.num_layers} layers has {len(specs)} tensors.")
-    for name, spec in specs.items():
-        if tensors[name].shape != spec.shape:
-            raise InputError(f"{where}: {name} has shape {list(tensors[name].shape)}, expected {list(spec.shape)}.")
-    return Weights(config, {name: tensors[name] for name in specs}, source, **rest)
+    ending = f"; a model of {config.num_layers} layers has {len(specs)} tensors."
+    unknown = sorted(tensors.keys() - specs.keys())
+    overrides.report(where, [f"lacks {name}" for name in sorted(specs.keys() - tensors.keys())], ending)
+    overrides.report(where, [f"holds unknown {name[:120]}" for name in unknown], ending)
+    present = {name: tensors[name] for name in specs if name in tensors}
+    wrong = [name for name, tensor in present.items() if tensor.shape != specs[name].shape]
+    overrides.report(where, [f"{name} has shape {list(tensors[name].shape)}, expected {list(specs[name].shape)}" for name in wrong], ".")
+    if num_heads is None:
+        config = config.model_copy(update={"num_heads": 0})
+    return Weights(config, present | {name: tensors[name] for name in unknown}, source, **rest)
 
 
-def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
-    def shape(name: str, dims: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise InputError(f"{where}: lacks {name}; it is no complete PanGu model.")
-        if len(tensors[name].shape) != dims:
-            raise InputError(f"{where}: {name} has shape {list(tensors[name].shape)}, expected {dims} dimensions.")
-        return tensors[name].shape
-
+def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int) -> dict[str, int]:
+    """Each size from the first tensor that shows it; one that is missing or has another is found when all are compared. What nothing shows
+    is left to the configuration.
+    """
     layers = {int(match[1]) for name in tensors if (match := re.match(r"transformer\.h\.(\d{1,4})\.", name))}
     if not layers:
         raise InputError(f"{where}: holds no layers; it is no PanGu model.")
-    vocab_size, hidden = shape("transformer.wte.weight", 2)
-    return {
-        "num_layers": max(layers) + 1,
-        "hidden_size": hidden,
-        "vocab_size": vocab_size,
-        "max_positions": shape("transformer.wpe.weight", 2)[0],
-        "ffn_hidden_size": shape("transformer.h.0.mlp.c_fc.weight", 2)[0],
+    num_layers = max(num_layers, max(layers) + 1)
+    if num_layers > len(tensors):
+        raise InputError(f"{where}: its names are those of {num_layers} layers, but just {len(tensors)} tensors; it is no PanGu model.")
+    words, positions, queries = (f"transformer.{name}.weight" for name in ("wte", "wpe", "wqe"))
+    widths = [(f"transformer.h.{layer}.mlp.c_fc.bias", 0, 1) for layer in sorted(layers)]
+    shown = {  # tensor, its dimension that has the size, and how many dimensions there are
+        "hidden_size": [(words, 1, 2), (positions, 1, 2), (queries, 1, 2), ("transformer.ln_f.weight", 0, 1)],
+        "vocab_size": [(words, 0, 2)],
+        "max_positions": [(positions, 0, 2), (queries, 0, 2)],
+        "ffn_hidden_size": widths,
     }
+    sizes = {"num_layers": num_layers}
+    for key, candidates in shown.items():
+        for name, dim, dims in candidates:
+            if name in tensors and len(tensors[name].shape) == dims:
+                sizes[key] = tensors[name].shape[dim]
+                break
+    if "hidden_size" not in sizes:
+        raise InputError(f"{where}: lacks {words} and whatever else shows the hidden size; it is no PanGu model.")
+    return sizes
 
 
 def _first_problem(error: ValueError) -> str:

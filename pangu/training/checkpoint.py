@@ -9,27 +9,26 @@ Checkpoints are DeepSpeed's pickles: load only what your own runs have written. 
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from megatron_ext.collectives import all_gather_objects, barrier, broadcast_object, together
+from megatron_ext.collectives import all_gather_objects, all_reduce_max, barrier, broadcast_object, together
 from megatron_ext.topology import Group
 from pangu.config import Config
 from pangu.errors import InputError
-from pangu.files import sync, write_durably
+from pangu.files import lock, remove, sync, write_durably
+from pangu.model.pipeline import quiet
+from pangu.training.checkpoint_writer import FileWriter
 from pangu.training.engine import TrainingEngine
-
-MANIFEST, LATEST = "manifest.json", "latest"
-_STEP = re.compile(r"step_(\d{8,})")
+from pangu.training.manifest import LATEST, LOCK, MANIFEST, complete_steps, file_problem, step_name, step_number
+from pangu.training.reshard import load_resharded
 
 
 @dataclass
@@ -48,39 +47,149 @@ def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
     Raises:
         InputError: on every rank, if any rank could not write; what was there before stays as it was.
     """
-    config, world = engine.config, engine.groups.world
-    root, name = config.checkpoint_dir, f"step_{progress.step:08d}"
-    partial, final = root / f"{name}.partial", root / name
+    return start_save(engine, progress).commit()
+
+
+def start_save(engine: TrainingEngine, progress: Progress, *, background: bool = False) -> PendingSave:
+    """Begin to save what `save_checkpoint` saves. Every rank must call this, and `commit` what it returns before it begins another.
+
+    Args:
+        engine: of the run; it may be trained further at once.
+        progress: how far it is.
+        background: return as soon as the states are copied in host memory, which must hold them once more.
+    """
+    root, world = engine.config.checkpoint_dir, engine.groups.world
+    partial = root / f"{step_name(progress.step)}.partial"
 
     def prepare() -> None:
         if world.rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def write() -> None:
-        engine.engine.save_checkpoint(str(root), tag=partial.name, client_state={"progress": asdict(progress)}, save_latest=False)
-        torch.save(engine.rng.state_dict(), partial / f"rng_rank_{world.rank:05d}.pt")
-
-    def digest() -> dict[str, Any]:
-        return {file: _describe(partial / file) for file in _my_share(partial, world)}
+            remove(partial)
+            partial.mkdir(parents=True)
 
     _together(prepare, world, f"{root}: cannot be prepared for a checkpoint")
-    _together(write, world, f"{partial}: the checkpoint could not be written; the last good one is untouched")
-    shares = _together(digest, world, f"{partial}: the checkpoint could not be read back; the last good one is untouched")
+    writer = FileWriter(engine.engine.checkpoint_engine, background=background)
+    own, engine.engine.checkpoint_engine = engine.engine.checkpoint_engine, writer
+    try:
+        engine.engine.save_checkpoint(str(root), tag=partial.name, client_state={"progress": asdict(progress)}, save_latest=False)
+    finally:
+        engine.engine.checkpoint_engine = own
+    writer.save(engine.rng.state_dict(), partial / f"rng_rank_{world.rank:05d}.pt")
+    writer.close()
+    return PendingSave(engine, partial, asdict(progress), writer)
 
-    def commit() -> None:
-        if world.rank == 0:
-            files = {name: described for share in shares for name, described in share.items()}
-            manifest = {"format": 1, "progress": asdict(progress), "identity": _identity(config, engine), "files": files}
-            write_durably(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            os.rename(partial, final)
-            sync(root)
-            write_durably(root / LATEST, name + "\n")
-            for old in _complete_steps(root)[: -config.checkpoint.keep]:
-                shutil.rmtree(root / old, ignore_errors=True)
 
-    _together(commit, world, f"{final}: the checkpoint could not be committed; the last good one is untouched")
-    return final
+@dataclass(frozen=True)
+class PendingSave:
+    """A checkpoint whose files are being written. Until it is committed nothing of it counts."""
+
+    engine: TrainingEngine
+    partial: Path
+    progress: dict[str, int]
+    writer: FileWriter
+
+    def is_written(self) -> bool:
+        """Whether every rank has its files on the disk. Every rank must call this and gets the same answer."""
+        waiting = torch.tensor(int(not self.writer.is_done()))
+        return not int(all_reduce_max(waiting, self.engine.groups.world))
+
+    def commit(self) -> Path:
+        """Wait for all files, and make them a checkpoint. Every rank must call this.
+
+        Raises:
+            InputError: on every rank, if any rank could not write; what was there before stays as it was.
+        """
+        engine, world = self.engine, self.engine.groups.world
+        final = self.partial.with_suffix("")
+        shares = _together(self.writer.finish, world, f"{self.partial}: could not be written; the last good checkpoint is untouched")
+
+        def publish() -> None:
+            if world.rank == 0:
+                identity = _layout_identity(engine) | _model_identity(engine.config)
+                files = {name: described for share in shares for name, described in share.items()}
+                manifest = {"format": 1, "progress": self.progress, "identity": identity, "files": files}
+                write_durably(self.partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+                if final.exists():  # this step was trained again
+                    _set_aside(final, "removing")
+                os.rename(self.partial, final)
+                sync(final.parent)
+                write_durably(final.parent / LATEST, final.name + "\n")
+                _retire(final.parent, engine.config.checkpoint.keep)
+
+        _together(publish, world, f"{final}: could not be committed; the last good checkpoint is untouched")
+        return final
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints, each at once or, with `checkpoint.async_save`, in the background. Every rank makes the same calls."""
+
+    def __init__(self, engine: TrainingEngine) -> None:
+        self._engine = engine
+        self._pending: PendingSave | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Save; one that is still being written is committed first."""
+        self.finish()
+        background = self._engine.config.checkpoint.async_save
+        self._pending = start_save(self._engine, progress, background=background)
+        if not background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Commit what has been written meanwhile."""
+        if self._pending and self._pending.is_written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Commit what is being written, waiting for it."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending.commit()
+
+
+def _retire(root: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints. A directory loses its name first: no checkpoint is ever half there."""
+    for name in complete_steps(root)[:-keep]:
+        with contextlib.suppress(OSError):  # one that cannot be renamed stays whole
+            _set_aside(root / name, "removing")
+    for leftover in root.glob("step_*.removing"):
+        remove(leftover)
+
+
+def _set_aside(path: Path, suffix: str) -> Path:
+    """Rename a checkpoint so that it no longer counts as one."""
+    aside = path.with_name(f"{path.name}.{suffix}")
+    remove(aside)
+    os.rename(path, aside)
+    return aside
+
+
+def claim_directory(config: Config, world: Group) -> IO[str] | None:
+    """Keep other runs out of the checkpoints' directory, and remove what an interrupted save left in it. Every rank must call this.
+
+    Returns:
+        On the first rank a file whose lock holds as long as it is open; it ends with the process, however that ends.
+
+    Raises:
+        InputError: on every rank, if another run is at work there.
+    """
+    root = config.checkpoint_dir
+    held: IO[str] | None = None
+    refused: str | None = None
+    if world.rank == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            held = lock(root / LOCK)
+            for leftover in (*root.glob("step_*.partial"), *root.glob("step_*.removing")):
+                remove(leftover)
+        except OSError as error:
+            refused = (
+                f"{root}: cannot be used for checkpoints ({error.strerror or error}). Set checkpoint.dir or run.dir to another directory."
+            )
+        except InputError as error:
+            refused = str(error)
+    if message := broadcast_object(refused, world):
+        raise InputError(message)
+    return held
 
 
 def find_checkpoint(config: Config, world: Group) -> Path | None:
@@ -93,13 +202,13 @@ def find_checkpoint(config: Config, world: Group) -> Path | None:
             holds checkpoints of later steps than the run would start at: its own would mix with them.
     """
     resume, root = config.checkpoint.resume, config.checkpoint_dir
-    steps = broadcast_object(_complete_steps(root) if world.rank == 0 else None, world)
+    steps = broadcast_object(complete_steps(root) if world.rank == 0 else None, world)
     if resume != "auto":
         path = None if resume == "never" else Path(resume)
         if path is not None and (problem := verify(path, world)):
             raise InputError(f"checkpoint.resume = {path}: {problem}.")
-        first = int(path.name.removeprefix("step_")) if path is not None and _STEP.fullmatch(path.name) else 0
-        if steps and int(steps[-1].removeprefix("step_")) > first:
+        first = (step_number(path.name) or 0) if path is not None else 0
+        if steps and (step_number(steps[-1]) or 0) > first:
             raise InputError(
                 f"{root}: holds {steps[-1]}, but with checkpoint.resume={resume} the run starts at step {first} and its checkpoints would "
                 "mix with those. Set checkpoint.dir or run.dir to another directory, or remove the old checkpoints."
@@ -111,7 +220,7 @@ def find_checkpoint(config: Config, world: Group) -> Path | None:
             return root / name
         if world.rank == 0:
             print(f"warning: {root / name} is damaged ({problem}); trying the one before it.", flush=True)
-            os.rename(root / name, root / f"{name}.damaged")
+            _set_aside(root / name, "damaged")
         barrier(world)
     if steps:
         raise InputError(
@@ -123,22 +232,42 @@ def find_checkpoint(config: Config, world: Group) -> Path | None:
 def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     """Continue from a checkpoint: weights, optimizer, loss scale, random streams and progress. Every rank must call this.
 
+    On the layout that saved it the run goes on bit for bit. On another one weights, optimizer, loss scale and the order of the samples are
+    the same, but dropout masks are drawn anew, from the seed, the step and the rank's place.
+
     Raises:
-        InputError: if it was made by another model or on another layout.
+        InputError: if it was made by another model, optimizer or precision.
     """
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    found, ours = manifest["identity"], _identity(engine.config, engine)
-    different = [f"{key} was {found.get(key)} and is {ours[key]}" for key in ours if found.get(key) != ours[key]]
+    found, progress = manifest["identity"], Progress(**manifest["progress"])
+    different = _differences(found, _model_identity(engine.config))
     if different:
         raise InputError(
             f"{path}: cannot be resumed by this run: {', '.join(different)}. Set what it was, or start a new run in another run.dir, "
             "from the weights of a finished one with checkpoint.init_from=RUN_DIR/weights if you like."
         )
-    loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
+    moved = _differences(found, _layout_identity(engine))
+    if moved:
+        if engine.groups.world.rank == 0:
+            print(f"{path.name} was saved on another layout: {', '.join(moved)}. Its tensors are read as this one needs them.", flush=True)
+        load_resharded(engine, path)
+        engine.reseed(progress.step)
+    else:
+        _load_same_layout(engine, path)
+    engine.engine.global_steps, engine.engine.global_samples = progress.step, progress.consumed_samples
+    return progress
+
+
+def _load_same_layout(engine: TrainingEngine, path: Path) -> None:
+    # DeepSpeed brings back the hyper-parameters too, and would overrule what the configuration says now.
+    configured = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in engine.param_groups]
+    with quiet():
+        loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed found nothing to load in it.")
+    for group, values in zip(engine.param_groups, configured, strict=True):
+        group.update(values)
     engine.rng.load_state_dict(torch.load(path / f"rng_rank_{engine.groups.world.rank:05d}.pt", weights_only=True))
-    return Progress(**manifest["progress"])
 
 
 def verify(path: Path, world: Group) -> str | None:
@@ -151,23 +280,30 @@ def _problem_of(path: Path, world: Group) -> str | None:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no readable {MANIFEST}, so it is not a complete checkpoint"
-    for name in sorted(files)[world.rank :: world.size]:
-        file = path / name
-        if not file.is_file() or file.stat().st_size != files[name]["bytes"]:
-            return f"{name} is missing or has not its {files[name]['bytes']:,} bytes"
-        if _sha256(file) != files[name]["sha256"]:
-            return f"{name} has changed since it was written: its sha256 differs"
-    return None
+    return next(filter(None, (file_problem(path / name, files[name]) for name in sorted(files)[world.rank :: world.size])), None)
 
 
-def _identity(config: Config, engine: TrainingEngine) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes from it must have in common."""
-    topology, model = engine.groups.topology, config.model
+def _differences(found: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    return [f"{key} was {found.get(key)} and is {value}" for key, value in ours.items() if found.get(key) != value]
+
+
+def _layout_identity(engine: TrainingEngine) -> dict[str, Any]:
+    """What decides which rank's file holds what, and in which form."""
+    topology = engine.groups.topology
     return {
         "parallel.tensor": topology.tensor,
         "parallel.pipeline": topology.pipeline,
         "data-parallel size": topology.data,
-        "parallel.zero_stage": config.parallel.zero_stage,
+        "parallel.zero_stage": engine.config.parallel.zero_stage,
+        "optimizer implementation": engine.optimizer_name,
+        "optimizer states": engine.buffer_form,
+    }
+
+
+def _model_identity(config: Config) -> dict[str, Any]:
+    """What a checkpoint and any run that resumes from it must have in common."""
+    model = config.model
+    return {
         "train.precision": config.train.precision,
         "optimizer.name": config.optimizer.name,
         **{f"model.{key}": getattr(model, key) for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")},
@@ -176,38 +312,8 @@ def _identity(config: Config, engine: TrainingEngine) -> dict[str, Any]:
     }
 
 
-def _complete_steps(root: Path) -> list[str]:
-    """Names of the complete checkpoints, oldest first."""
-    if not root.is_dir():
-        return []
-    found = [entry.name for entry in root.iterdir() if _STEP.fullmatch(entry.name) and (entry / MANIFEST).is_file()]
-    return sorted(found, key=lambda name: int(name.removeprefix("step_")))
-
-
-def _my_share(folder: Path, world: Group) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())[world.rank :: world.size]
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    sync(file)
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
 def _together(action: Callable[[], Any], world: Group, what: str) -> list[Any]:
-    """Run an action on every rank; if it failed to read or write on any, refuse on all.
-
-    A rank that fails inside DeepSpeed's collective writing leaves the others waiting in it: that ends with the collective's time-out.
-    """
+    """Run an action on every rank; if it failed to read or write on any, refuse on all."""
     try:
         return together(action, world)
     except OSError as error:

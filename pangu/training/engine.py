@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ext import accelerator
 from megatron_ext.collectives import all_reduce
 from megatron_ext.context import Fill, ParallelContext
-from megatron_ext.random import RngStreams
+from megatron_ext.random import RngStreams, derive_seed
 from megatron_ext.sharding import spec_of
 from megatron_ext.topology import Groups
 from pangu.config import Config, deepspeed_config
@@ -89,6 +89,9 @@ class TrainingEngine:
         with quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
         self.module = self.engine.module
+        zero = settings["zero_optimization"]
+        # What DeepSpeed's files do not say and loads wrongly in silence: how its flat buffers are cut, and which optimizer wraps ours.
+        self.buffer_form = f"{type(self.engine.optimizer).__name__}, sub-groups of {zero.get('sub_group_size', 'the default size')}"
 
     def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
         """Consume one global batch: forward, backward, clip, update.
@@ -97,7 +100,7 @@ class TrainingEngine:
             batches: this rank's micro-batches. A stage in the middle of a pipeline takes none.
             learning_rate: of this step.
         """
-        for group in self.engine.optimizer.param_groups:
+        for group in self.param_groups:
             group["lr"] = learning_rate
         grad_norm: float | None = None
         if self.has_pipeline:
@@ -120,6 +123,16 @@ class TrainingEngine:
         return StepResult(
             float(loss), math.inf if skipped else grad_norm, skipped, float(self.engine.optimizer.loss_scale) if fp16 else None
         )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups with their hyper-parameters."""
+        return self.engine.optimizer.param_groups
+
+    def reseed(self, step: int) -> None:
+        """Start the random streams of this layout at a step to which another layout has trained."""
+        # In place: the layers hold this object.
+        self.rng.load_state_dict(RngStreams(derive_seed(self.config.train.seed, step), self.groups.coordinates).state_dict())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], num_global_batches: int) -> float:

@@ -19,15 +19,15 @@ from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
 from megatron_ext.watchdog import Watchdog
 from pangu.config import Config, validate_layout
+from pangu.conversion.export import write_weights
 from pangu.conversion.formats import open_weights
-from pangu.conversion.huggingface import write_weights
 from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
 from pangu.data.sampler import Sampler
 from pangu.errors import InputError, explain
 from pangu.tokenizer import PanguTokenizer
-from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint
 from pangu.training.engine import StepResult, TrainingEngine
 from pangu.training.metrics import Metrics
 from pangu.training.report import flops_per_token, print_report
@@ -90,6 +90,7 @@ def _run(
 ) -> None:
     """What follows once the ranks have met."""
     is_first = groups.world.rank == 0
+    claim = claim_directory(config, groups.world)
     checkpoint = find_checkpoint(config, groups.world)
     watchdog.beat(0, "building the model")
     engine = TrainingEngine(config, groups, initial_weights)
@@ -118,6 +119,8 @@ def _run(
     finally:
         if metrics:
             metrics.close()
+    if claim:
+        claim.close()
 
 
 def _train(
@@ -132,6 +135,8 @@ def _train(
     """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
     train, groups = config.train, engine.groups
     stop = StopRequest()
+    stopped_by = 0
+    saver = CheckpointSaver(engine)
     saved_step = progress.step
     batches = watchdog.each(_batches(config, engine, training, progress.consumed_samples))
     peak = accelerator.peak_flops()
@@ -166,11 +171,14 @@ def _train(
         due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
         if due or stopped_by or progress.step == train.steps:
             watchdog.beat(progress.step, "saving")
-            save_checkpoint(engine, progress)
+            saver.save(progress)
             saved_step = progress.step
+        else:
+            saver.poll()
         if stopped_by and progress.step < train.steps:
-            return signal.Signals(stopped_by).name
-    return None
+            break
+    saver.finish()
+    return signal.Signals(stopped_by).name if stopped_by and progress.step < train.steps else None
 
 
 def _figures(
@@ -231,11 +239,5 @@ def _initial_weights(config: Config) -> Fill:
     if config.checkpoint.init_from is None:
         return random_weights(config.train.seed)
     weights = open_weights(config.checkpoint.init_from)
-    ours, theirs = config.model, weights.config
-    for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
-        if getattr(ours, key) != getattr(theirs, key):
-            raise InputError(
-                f"checkpoint.init_from = {config.checkpoint.init_from}: its {key} is {getattr(theirs, key)}, but model.{key} = "
-                f"{getattr(ours, key)}. Set model.{key}={getattr(theirs, key)}."
-            )
+    weights.refuse_other(config.model, f"checkpoint.init_from = {config.checkpoint.init_from}")
     return weights.fill

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from megatron_ext import accelerator
@@ -71,6 +71,33 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter],
     kind = AdamW if correct else PanguAdam
     # torch's fused kernel exists on these devices; elsewhere its own default chooses.
     return kind(groups, fused=True if device in ("cpu", "cuda") else None, **common), f"torch {kind.__name__}"
+
+
+def start_states(optimizer: Optimizer, parameter: Tensor, step: float, *, group: int | None = None) -> dict[str, Tensor]:
+    """Give a parameter the states it would have after its first step, to be filled with what another run had.
+
+    Args:
+        optimizer: one that `build_optimizer` made.
+        parameter: one that it steps, or a flat buffer that stands for several.
+        step: how many steps that run's optimizer counted.
+        group: the number of the parameter's group, where the optimizer's groups do not name it.
+
+    Returns:
+        `exp_avg` and `exp_avg_sq`, zero.
+    """
+    groups = optimizer.param_groups
+    own = groups[group] if group is not None else next(each for each in groups if any(one is parameter for one in each["params"]))
+    if isinstance(optimizer, PanguAdam) and step < _STEP_WITHOUT_BIAS_CORRECTION:
+        step += _STEP_WITHOUT_BIAS_CORRECTION  # counted by a kernel that needs no such trick
+    state = optimizer.state[parameter]
+    if isinstance(optimizer, AdamW):
+        device = parameter.device if own["fused"] or own["capturable"] else "cpu"
+        state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
+    else:
+        state["step"] = own["step"] = int(step)  # fused kernels of others keep it in one of the two places
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
 
 
 def _apex_fused_adam() -> Any:

@@ -20,9 +20,9 @@ from pangu.training.engine import TrainingEngine
 VOCAB, SEQUENCE = 50, 16
 
 
-def small_config(**sections: dict[str, Any]) -> Config:
+def small_config(**sections: Any) -> Config:
     """Two layers and a query layer; 8 samples a step in micro-batches of 2; clipping on. The vocabulary divides by neither 4 nor 8."""
-    values: dict[str, dict[str, Any]] = {
+    values: dict[str, Any] = {
         "model": {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "vocab_size": VOCAB, "max_positions": SEQUENCE}
         | {"hidden_dropout": 0.0, "attention_dropout": 0.0},
         "train": {"micro_batch_size": 2, "global_batch_size": 8, "steps": 20, "seed": 7},
@@ -33,7 +33,7 @@ def small_config(**sections: dict[str, Any]) -> Config:
         "run": {"dir": "unused"},
     }
     for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     return Config.model_validate(values)
 
 

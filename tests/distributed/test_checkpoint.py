@@ -83,10 +83,16 @@ def test_damaged_checkpoints_are_passed_over_and_all_damaged_is_refused(tmp_path
         find_checkpoint(config, SINGLE)
 
 
-def test_another_layout_and_mixed_runs_are_refused(tmp_path: Path) -> None:
+def test_a_step_that_is_done_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    first = run_distributed(train_and_save, 1, str(tmp_path), {}, [1, 2], 2)[0]
+    (tmp_path / "step_00000001/manifest.json").rename(tmp_path / "kept.json")
+    (tmp_path / "step_00000002").rename(tmp_path / "aside")
+    assert run_distributed(train_and_save, 1, str(tmp_path), {}, [1, 2], 2)[0] == first  # step 1 has no manifest: from the start
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000001", "step_00000002"]
+
+
+def test_mixed_runs_are_refused(tmp_path: Path) -> None:
     run_distributed(train_and_save, 1, str(tmp_path), {}, [2], 2)
-    with pytest.raises(RankError, match=r"parallel\.tensor was 1 and is 2"):
-        run_distributed(train_and_save, 2, str(tmp_path), {"tensor": 2}, [], 3)
     with pytest.raises(InputError, match="checkpoints would mix"):
         find_checkpoint(small_config(checkpoint={"dir": str(tmp_path), "resume": "never"}), SINGLE)
     with pytest.raises(InputError, match=r"no readable manifest\.json"):

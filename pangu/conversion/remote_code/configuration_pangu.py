@@ -45,7 +45,7 @@ class GPTPanguConfig(PretrainedConfig):
     """
 
     model_type = "gpt_pangu"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
     attribute_map = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}  # noqa: RUF012 (declared so by the base class)
 
     def __init__(

@@ -33,6 +33,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the keys and values of earlier tokens: `cache` since 5.24. Either name is taken, and its own given back."""
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]) -> Cache | None:
+    """The cache under whichever name it came.
+
+    Raises:
+        ValueError: if it came under both names, or under another: text generated without it would be wrong in silence.
+    """
+    unknown = [name for name, value in others.items() if isinstance(value, Cache)]
+    if unknown or (past_key_values is not None and cache is not None):
+        found = ", ".join(unknown) or "cache and past_key_values"
+        raise ValueError(f"the cache came as {found}; give it once, as cache or as past_key_values.")
+    return cache if past_key_values is None else past_key_values
+
+
 def visible_keys(position_ids_BS: Tensor, attention_mask_BK: Tensor | None, past: int | Tensor, num_keys: int) -> Tensor:
     """Which key each new token sees: the tokens of its own document up to itself, padding apart.
 
@@ -178,7 +195,7 @@ class GPTPanguPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPTPanguBlock"]  # noqa: RUF012 (declared so by the base class)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"attn\.(bias|masked_bias)$"]  # noqa: RUF012 (masks that old copies saved)
     _supports_sdpa = True
     _can_compile_fullgraph = True
@@ -244,6 +261,7 @@ class GPTPanguModel(GPTPanguPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states that the output layer reads.
@@ -259,6 +277,7 @@ class GPTPanguModel(GPTPanguPreTrainedModel):
             use_cache: None: as configured, but never in training.
             output_attentions: also give each layer's attention weights; needs eager attention.
             output_hidden_states: also give the embeddings and each layer's output.
+            cache: the newer name of `past_key_values`.
             kwargs: ignored; transformers passes what other models take.
 
         Raises:
@@ -266,6 +285,7 @@ class GPTPanguModel(GPTPanguPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
+        past_key_values = one_cache(past_key_values, cache, kwargs)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_attentions and self.config._attn_implementation != "eager":
@@ -299,9 +319,9 @@ class GPTPanguModel(GPTPanguPreTrainedModel):
             x_BSH = self.ln_f(x_BSH)
         return BaseModelOutputWithPast(
             last_hidden_state=x_BSH,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, x_BSH) if output_hidden_states else None,
             attentions=(*attentions, weights) if output_attentions else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
     def _position_ids(self, x_BSH: Tensor, given: Tensor | None, attention_mask: Tensor | None, past: int | Tensor) -> Tensor:
@@ -375,9 +395,18 @@ class GPTPanguForCausalLM(GPTPanguPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def create_masks_for_generate(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, position_ids: Tensor, **kwargs: Any
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        *,
+        position_ids: Tensor,
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """The mask in full, which `generate` makes outside of the compiled forward pass for a cache of fixed size."""
+        past_key_values = one_cache(past_key_values, cache, kwargs)
+        assert past_key_values is not None
         eager = self.config._attn_implementation == "eager"
         positions_BS = position_ids.expand(inputs_embeds.shape[0], -1)
         past = past_key_values.get_seq_length()
@@ -396,6 +425,7 @@ class GPTPanguForCausalLM(GPTPanguPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V] and, with labels, the loss. What is not named here is as in `GPTPanguModel.forward`.
@@ -412,11 +442,12 @@ class GPTPanguForCausalLM(GPTPanguPreTrainedModel, GenerationMixin):
             output_attentions: see there.
             output_hidden_states: see there.
             logits_to_keep: only the last so many positions, or those of an index; 0: all.
+            cache: see there.
             kwargs: for the loss (`num_items_in_batch`).
         """
         outputs = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache, kwargs),
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -433,7 +464,7 @@ class GPTPanguForCausalLM(GPTPanguPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )

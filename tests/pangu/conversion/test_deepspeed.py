@@ -19,10 +19,11 @@ from torch import Tensor
 
 from megatron_ext.sharding import canonical_parameters
 from pangu.conversion.deepspeed import detect, read
-from pangu.conversion.huggingface import write_weights
+from pangu.conversion.export import write_weights
 from pangu.conversion.weights import Overrides, Weights
 from pangu.errors import InputError
-from pangu.training.checkpoint import MANIFEST, Progress, save_checkpoint
+from pangu.training.checkpoint import Progress, save_checkpoint
+from pangu.training.manifest import MANIFEST
 
 # Parameters are sharded however small they are, and the optimizer's buffers cut in the middle of one.
 SMALL_GROUPS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}}

@@ -28,8 +28,9 @@ from megatron_ext.context import ParallelContext
 from megatron_ext.sharding import ShardSpec, canonical_parameters
 from megatron_ext.topology import Groups, Topology
 from pangu.config import ModelConfig, validate_layout
-from pangu.conversion import huggingface
-from pangu.conversion.huggingface import CONFIG, INDEX, TOKENIZER, write_weights
+from pangu.conversion import export, huggingface
+from pangu.conversion.export import write_weights
+from pangu.conversion.huggingface import CONFIG, INDEX, TOKENIZER
 from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
 from pangu.errors import InputError
 from pangu.model.model import PanguModel
@@ -186,7 +187,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def export(directory: str, sections: dict[str, Any]) -> None:
+def export_twice(directory: str, sections: dict[str, Any]) -> None:
     """Write the weights of a run before and after its first step."""
     huggingface.SHARD_BYTES = 8_000
     config = small_run(**sections)
@@ -208,7 +209,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each layout's weights under its name."""
     root = tmp_path_factory.mktemp("layouts")
     for layout, (ranks, sections) in LAYOUTS.items():
-        run_distributed(export, ranks, str(root / layout), sections)
+        run_distributed(export_twice, ranks, str(root / layout), sections)
     return root
 
 
@@ -400,7 +401,8 @@ def test_a_writer_that_fails_leaves_what_was_there(fails: str, tmp_path: Path, m
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 8_000)
     path = tmp_path / "weights"
     calls = []
-    original = getattr(huggingface, fails)
+    home = huggingface if fails == "_config_json" else export
+    original = getattr(home, fails)
 
     def failing(*arguments: Any, **keywords: Any) -> Any:
         calls.append(fails)
@@ -409,14 +411,14 @@ def test_a_writer_that_fails_leaves_what_was_there(fails: str, tmp_path: Path, m
         return original(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, fails, failing)
+        patch.setattr(home, fails, failing)
         with pytest.raises(InputError, match=r"could not be written .*No space"):
             write(path)
     assert not path.exists()
     first = write(path, small_config(vocab_size=11))
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, fails, failing)
+        patch.setattr(home, fails, failing)
         with pytest.raises(InputError, match=r"could not be written .*No space"):
             write(path)
     opened(path)

@@ -456,6 +456,17 @@ def test_a_tensor_that_all_ranks_lack_is_named(tmp_path: Path) -> None:
     assert "lacks transformer.h.2.mlp.c_proj.bias" in message
 
 
+def test_a_missing_query_layer_is_named(tmp_path: Path) -> None:
+    """The last plain block must not be taken for it."""
+
+    def drop(root: dict[str, Any]) -> None:
+        transformer = root["model"]["language_model"]["transformer"]
+        for name in [name for name in transformer if name.startswith("topQueryLayer.")]:
+            del transformer[name]
+
+    assert "lacks transformer.h.2.attn.c_proj.bias and 15 more" in refusal(port_files(tmp_path / "a", tensors_of(config_8()), change=drop))
+
+
 @pytest.mark.parametrize(("key", "told"), [("topQueryEmbedding", "lacks"), ("embedding", "lacks"), ("transformer", "holds no layers")])
 def test_a_missing_part_is_refused(key: str, told: str, tmp_path: Path) -> None:
     assert told in refusal(port_files(tmp_path / "a", tensors_of(config_8()), change=lambda root: root["model"]["language_model"].pop(key)))

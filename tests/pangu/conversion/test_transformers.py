@@ -186,6 +186,23 @@ def test_a_text_read_in_chunks_has_the_logits_of_the_whole(cuts: tuple[int, ...]
     assert (torch.cat(parts, dim=1) - whole).abs().max() < TOLERANCE
 
 
+def test_the_cache_is_taken_under_either_name_and_no_other(model: Any) -> None:
+    """transformers 5.24 renamed it. A name that passes unread leaves every new token without the ones before it."""
+    tokens = tokens_of(4, 1, 8)
+    with torch.no_grad():
+        whole = model(tokens).logits[:, -1]
+        for name in ("past_key_values", "cache"):
+            cache = transformers.DynamicCache(config=model.config)
+            model(tokens[:, :7], **{name: cache})
+            outputs = model(tokens[:, 7:], **{name: cache})
+            assert outputs.past_key_values is cache and cache.get_seq_length() == 8
+            assert (outputs.logits[:, -1] - whole).abs().max() < TOLERANCE
+        for arguments in ({"past": cache}, {"cache": cache, "past_key_values": cache}):
+            for one in (model, model.transformer):
+                with pytest.raises(ValueError, match="give it once, as cache or as past_key_values"):
+                    one(tokens[:, :1], **arguments)
+
+
 class AllNumbers(NumberTokenizer):
     vocab_size = VOCAB
 
@@ -261,7 +278,7 @@ def test_a_forward_pass_with_a_fixed_cache_is_one_graph(small: Path, monkeypatch
         expected = model(tokens).logits[:, -1]
         model(tokens[:, :5], past_key_values=cache)
         inputs = {"position_ids": torch.tensor([[5]]), "past_key_values": cache}
-        mask = model.create_masks_for_generate(torch.empty(1, 1, 0), None, cache, inputs["position_ids"])
+        mask = model.create_masks_for_generate(torch.empty(1, 1, 0), None, cache, position_ids=inputs["position_ids"])
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         found = compiled(tokens[:, 5:], attention_mask=mask, **inputs).logits[:, -1]
     assert len(graphs) == 1

@@ -176,8 +176,8 @@ def _meet(seconds: float) -> Meeting:
             store.set(f"start-{start}/{rank}", json.dumps(me))
             if rank == 0:
                 store.set(f"start-{start}/members", json.dumps(_await_members(store, start, world_size, deadline, seconds)))
-            members = json.loads(store.get(f"start-{start}/members")) if store.check([f"start-{start}/members"]) else {}
-            if members and members[rank] == me:
+            members = json.loads(store.get(f"start-{start}/members")) if store.check([f"start-{start}/members"]) else []
+            if me in members:
                 break
             if time.monotonic() > deadline:
                 raise LayoutError(

@@ -11,11 +11,16 @@ from functools import wraps
 
 from megatron_ext.topology import LayoutError
 
+MAX_LINE = 3000
+"""Characters of a message, many more than any needs; names and values that it quotes from a file may be of any length."""
 _LAUNCHER_SECONDS = 3.0
 
 
 class InputError(ValueError):
     """Something the user gave is refused. The message is one line: what, where, found, expected, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -27,8 +32,12 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def one_line(text: str) -> str:
-    """A text that may hold names from a file, fit for a line of a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    """Text that quotes a file, fit for a terminal: no newlines, escape sequences or halves of characters, and not endless."""
+
+    def shortened(text: str) -> str:
+        return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2 - 5]} ... {text[-MAX_LINE // 2 :]}"
+
+    return shortened("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shortened(text)))
 
 
 def exit_code(main: Callable[[], None]) -> Callable[[], None]:

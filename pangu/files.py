@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any, BinaryIO
 
 from pangu.errors import InputError
+
+MAX_JSON_BYTES = 4 * 2**20
+"""Of a file that is parsed whole: more than ten times the largest index or manifest. Parsed, it may be thirty times as large."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file from elsewhere for reading.
+
+    Raises:
+        OSError: also if it is no ordinary file: a pipe would be waited for, and a device never ends.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no ordinary file")
+    return os.fdopen(descriptor, "rb")
+
+
+def load_json(path: Path) -> Any:
+    """What a JSON file from elsewhere holds.
+
+    Raises:
+        OSError: see `open_file`.
+        ValueError: if it is no JSON, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
+    """
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"{size:,} bytes, at most {MAX_JSON_BYTES:,} expected")
+        text = file.read(size)
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def sync(path: Path) -> None:
@@ -31,29 +68,6 @@ def write_durably(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def lock(path: Path) -> IO[str]:
-    """Open a file that no other process may lock as long as it is open. The lock ends with the process, however that ends.
-
-    Raises:
-        InputError: if another process holds it.
-    """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (the caller keeps it open)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            file.close()
-            raise InputError(f"{path.parent}: in use by {holder}. Wait for its end, or choose another directory.") from None
-        print(f"warning: {path.parent}: this file system has no locks; see to it yourself that one run at a time writes there.", flush=True)
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
-
-
 def remove(path: Path) -> None:
     """Remove a file or a directory, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -62,18 +76,67 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Let one process at a time write a file or directory: while it does, there is a `NAME.lock` beside it that says who.
+
+    The kernel holds the lock, and drops it when a process ends, however it ends. What a killed one leaves is taken over by the next. On a
+    file system that has no locks everybody gets one.
+
+    Raises:
+        InputError: if another process has it.
+        OSError: if no file can be made there.
+    """
+    beside = path.with_name(path.name + ".lock")
+    while True:
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if beside.exists() and os.path.samestat(os.fstat(descriptor), os.stat(beside)):
+                break  # or else its last owner has just removed it, and it locks nothing
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise InputError(f"{path}: {holder} is writing it. Wait until it is done, or choose another place.") from None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            break
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    try:
+        yield
+    finally:
+        beside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def publish(partial: Path, final: Path) -> None:
     """Give a finished file or directory its name, in place of what had it; only what is on the disk is named.
 
-    A kill in between leaves the replaced one as `NAME.replaced`.
+    A file takes the place of a file in one step. For directories there is no such step: a kill in between leaves the old one as
+    `NAME.replaced`, and `recover` brings it back.
     """
     for entry in sorted(partial.rglob("*")) if partial.is_dir() else []:
         sync(entry)
     sync(partial)
-    replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
+    replaced = _replaced(final)
+    if final.exists() and (final.is_dir() or partial.is_dir()):
         remove(replaced)
         os.rename(final, replaced)
-    os.rename(partial, final)
+    os.replace(partial, final)
     sync(final.parent)
     remove(replaced)
+
+
+def recover(final: Path) -> None:
+    """Bring back what a killed `publish` has moved away and not replaced."""
+    if not final.exists() and _replaced(final).exists():
+        os.rename(_replaced(final), final)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(final.name + ".replaced")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from pangu.errors import exit_code
+from pangu.errors import exit_code, one_line
 
 
 @exit_code
@@ -57,7 +57,7 @@ def main() -> None:
     )
     if weights.left_out and not arguments.with_optimizer:
         shown = ", ".join(weights.left_out[:3]) + (", ..." if len(weights.left_out) > 3 else "")
-        print(f"left out, not being weights: {len(weights.left_out)} ({shown})")
+        print(one_line(f"left out, not being weights: {len(weights.left_out)} ({shown})"))
     if arguments.to in ("mindspore", "npy", "megatron") and model.gelu != "tanh":
         print(f"note: {arguments.to} cannot say which GELU the model has; give --gelu {model.gelu} whenever the output is read")
     if arguments.with_optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from torch import Tensor
 from pangu.conversion.formats import FORMATS
 from pangu.conversion.weights import LazyTensor, Weights, WriteOptions
 from pangu.errors import InputError
-from pangu.files import publish, remove
+from pangu.files import lock, publish, recover, remove
+
+_HINTS = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space",
+    errno.EFBIG: "Raise the limit (`ulimit -f`), or choose a file system that holds such files",
+}
 
 
 def convert(
@@ -39,8 +46,8 @@ def convert(
     if weights.optimizer and not FORMATS[to].keeps_optimizer:
         keepers = ", ".join(name for name, candidate in FORMATS.items() if candidate.keeps_optimizer)
         raise InputError(f"--to {to}: has no place for optimizer states. Choose {keepers}, or leave --with-optimizer out.")
-    if output.exists() and not force:
-        raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
+    if not output.name or output.name == "..":
+        raise InputError(f"{output}: is no name for an output.")
     partial = output.with_name(output.name + ".partial")
 
     def watched(tensors: Mapping[str, LazyTensor], options: WriteOptions) -> dict[str, LazyTensor]:
@@ -48,23 +55,37 @@ def convert(
 
     optimizer = {state: watched(tensors, WriteOptions()) for state, tensors in weights.optimizer.items()}  # these keep their type
     weights = replace(weights, tensors=watched(weights.tensors, options), optimizer=optimizer)
-    remove(partial)
+    parents = list(output.parents)
     try:
+        parents = [parent for parent in parents if not parent.exists()]  # made here, so removed here if nothing comes into them
         output.parent.mkdir(parents=True, exist_ok=True)
-        write(weights, partial, options)
-        publish(partial, output)
+        with lock(output):
+            recover(output)
+            if output.exists() and not force:
+                raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
+            remove(partial)  # of a conversion that was killed
+            try:
+                write(weights, partial, options)
+                publish(partial, output)
+            finally:
+                remove(partial)
     except OSError as error:
-        hint = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose a place that can be written"
+        hint = _HINTS.get(error.errno or 0, "Choose a place that can be written")
         raise InputError(f"{output}: cannot be written ({error.strerror or error}). {hint}; nothing was left behind.") from None
     finally:
-        remove(partial)
+        for parent in parents:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _watched(name: str, tensor: LazyTensor, options: WriteOptions, advance: Callable[[int], None]) -> LazyTensor:
     """The tensor, counting what is read of it and refusing values that the new dtype would turn into infinity."""
 
     def read() -> Tensor:
-        value = tensor.read()
+        try:
+            value = tensor.read()
+        except OSError as error:
+            raise InputError(f"{error.filename or name}: cannot be read any more ({error.strerror or error}).") from None
         advance(value.nbytes)
         if options.dtype == torch.float16 and value.dtype != torch.float16 and value.numel():
             highest = max(abs(float(bound)) for bound in value.aminmax())

@@ -30,8 +30,9 @@ from megatron_ext.topology import LayoutError
 from pangu.config import ModelConfig
 from pangu.conversion.slices import merged
 from pangu.conversion.torch_file import StoredTensor, load
-from pangu.conversion.weights import LazyTensor, Overrides, States, Weights, complete
+from pangu.conversion.weights import LazyTensor, Overrides, States, Weights, check_sizes, complete
 from pangu.errors import InputError
+from pangu.files import load_json
 from pangu.model.block import RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import pipeline_layers, quiet
@@ -104,7 +105,9 @@ class Checkpoint:
     def config(self) -> ModelConfig:
         """The model; one with more layers than there are files or tensors for is never built."""
         try:
-            return ModelConfig.model_validate(self.model)
+            config = ModelConfig.model_validate(self.model)
+            check_sizes(config)
+            return config
         except ValueError:
             raise InputError(f"{self.folder / MANIFEST}: describes no model that can be: {json.dumps(self.model)[:200]}.") from None
 
@@ -147,13 +150,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     folder = locate(path)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(folder / MANIFEST)
         identity = manifest["identity"]
         sizes = {name: described["bytes"] for name, described in manifest["files"].items()}
         layout = {key: identity[stored] for key, stored in _LAYOUT.items()}
         model = {key: identity[f"model.{key}"] for key in ModelConfig.model_fields if f"model.{key}" in identity}
         precision, progress = identity["train.precision"], manifest["progress"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{folder / MANIFEST}: not the manifest of a complete checkpoint.") from None
     lowest = {"tensor": 1, "pipeline": 1, "data": 1, "zero": 0}
     whole = all(type(value) is int and lowest[key] <= value <= len(sizes) + 3 for key, value in layout.items())

@@ -39,11 +39,14 @@ def detect_format(path: Path) -> str:
     Raises:
         InputError: if there is nothing, or nothing known.
     """
-    if not path.exists():
-        raise InputError(f"{path}: not found.")
-    for name, candidate in FORMATS.items():
-        if candidate.detect(path):
-            return name
+    try:
+        if not path.exists():
+            raise InputError(f"{path}: not found.")
+        for name, candidate in FORMATS.items():
+            if candidate.detect(path):
+                return name
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from None
     raise InputError(
         f"{path}: holds weights of no known format. Expected one of {', '.join(FORMATS)}; name it with --from to see what is missing."
     )
@@ -59,4 +62,7 @@ def open_weights(path: Path | str, overrides: Overrides | None = None, *, format
     """
     path = Path(path)
     name = detect_format(path) if format_name == "auto" else format_name
-    return FORMATS[name].read(path, overrides or Overrides())
+    try:
+        return FORMATS[name].read(path, overrides or Overrides())
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from None

@@ -27,6 +27,7 @@ from pangu.conversion import torch_file
 from pangu.conversion.torch_file import StoredTensor
 from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
+from pangu.files import load_json, open_file
 from pangu.tokenizer import EOT, MASK, PAD, SEP, UNK
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"
@@ -141,10 +142,10 @@ def read(path: Path, overrides: Overrides) -> Weights:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a weights directory with {CONFIG}.") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise InputError(f"{path}: not valid JSON.") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: not a JSON object.")
@@ -220,13 +221,13 @@ def _open_files(path: Path, overrides: Overrides) -> tuple[dict[str, LazyTensor]
 
 def _read_index(index: Path, suffix: str) -> dict[Path, list[str]]:
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        entries = load_json(index)["weight_map"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{index}: not an index of {suffix} files; expected an object with a weight_map.") from None
     files: dict[Path, list[str]] = {}
     for name, file in entries:
         # Never follow a path out of the directory.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}", file) or not file.endswith(suffix):
             raise InputError(f"{index}: {name} points to {file!r}; expected the name of a file beside it.")
         files.setdefault(index.parent / file, []).append(name)
     return files
@@ -263,6 +264,7 @@ def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def _safetensors(path: Path) -> Any:
     try:
+        open_file(path).close()  # which waits for no pipe
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error}). Copy or convert the weights again.") from None

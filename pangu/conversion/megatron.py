@@ -28,6 +28,7 @@ from pangu.conversion.torch_file import Planned, StoredTensor, TorchFileWriter, 
 from pangu.conversion.torch_pickle import Opaque
 from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete, model_specs
 from pangu.errors import InputError
+from pangu.files import open_file
 
 TRACKER, FILE, TOKENIZER = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "vocab.model"
 DIALECT = "pangu_alpha"
@@ -156,7 +157,8 @@ def _iteration_folder(path: Path) -> Path:
         return path
     found = sorted(entry.name for entry in entries if _ITERATION.fullmatch(entry.name))
     if (path / TRACKER).is_file():
-        text = (path / TRACKER).read_bytes()[:64].decode("latin-1").strip()
+        with open_file(path / TRACKER) as file:
+            text = file.read(64).decode("latin-1").strip()
         name = f"iter_{int(text):07d}" if re.fullmatch("[0-9]{1,12}", text) else text
         if name not in found:
             there = ", ".join(found[-3:]) or "no iteration"

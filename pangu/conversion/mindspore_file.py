@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pangu.conversion.weights import LazyTensor
 from pangu.errors import InputError
+from pangu.files import open_file
 
 CHUNK_BYTES = 512 * 2**20
 """MindSpore's SLICE_SIZE: a value of a file that it writes holds at most so much of a tensor."""
@@ -155,9 +156,11 @@ class StoredTensor:
         """The tensor of the file `path`, to be read when it is asked for, into memory of its own.
 
         Raises:
-            InputError: if it is not of floating point. The reads raise it if the file has shrunk meanwhile.
+            InputError: if it is empty or not of floating point. The reads raise it if the file has shrunk meanwhile.
         """
         dtype = self.dtype
+        if 0 in self.shape:
+            raise InputError(f"{path}: {name} has shape {list(self.shape)}; no weight has.")
         if dtype is None or not dtype.is_floating_point:
             raise InputError(f"{path}: {name} is of type {self.type_name}, expected Float16, BFloat16, Float32 or Float64.")
 
@@ -208,7 +211,7 @@ class StoredTensor:
 def mapped(path: Path) -> Iterator[Message]:
     """A file as one message; no more of it is read than is looked at."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, 2)
             if size == 0:
                 raise InputError(f"{path}: is empty.")

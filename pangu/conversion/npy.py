@@ -8,15 +8,17 @@ from __future__ import annotations
 import io
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pangu.conversion.mindspore import assemble, file_names, stored_layout, tokenizer_beside
-from pangu.conversion.mindspore_file import StoredTensor, blocks
+from pangu.conversion.mindspore_file import MAX_DIMS, StoredTensor, blocks
 from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions
 from pangu.errors import InputError
+from pangu.files import open_file
 
 _NAMES = {torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8"}
 _DTYPES = {np.dtype(name): dtype for dtype, name in _NAMES.items()}
@@ -76,7 +78,8 @@ def open_array(path: Path) -> LazyTensor:
         InputError: if it is no whole .npy of floating point. Nothing in it is ever unpickled.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd headers: the line below is enough
             head = io.BytesIO(file.read(_HEADER_BYTES))
             size = file.seek(0, 2)
             version = np.lib.format.read_magic(head)
@@ -89,6 +92,8 @@ def open_array(path: Path) -> LazyTensor:
         raise InputError(f"{path}: is no .npy file ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from None
     if dtype not in _DTYPES:
         raise InputError(f"{path}: is of type {dtype}, expected little-endian float16, float32 or float64.")
+    if len(shape) > MAX_DIMS or not all(type(extent) is int and abs(extent) < 2**62 for extent in shape):
+        raise InputError(f"{path}: has a shape that no array has. Copy it again.")
     expected = math.prod(shape) * dtype.itemsize
     if min(shape, default=1) < 0 or size - begin != expected:
         raise InputError(f"{path}: holds {size - begin:,} bytes of data, {dtype} {list(shape)} needs {expected:,}. Copy it again.")

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pangu.conversion.torch_pickle import MAX_BYTES, Global, Machine, Opaque, PickleError
 from pangu.errors import InputError
+from pangu.files import open_file
 
 MAX_MEMBERS = 100_000
 """Storages in a file: twenty times those of a 200B model with its optimizer."""
@@ -103,7 +104,7 @@ class StoredTensor:
 def is_torch_file(path: Path) -> bool:
     """Whether a file begins as `torch.save` writes them."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(len(_LEGACY_MAGIC))
     except OSError:
         return False
@@ -119,7 +120,7 @@ def load(path: Path) -> Any:
         InputError: in one line, in bounded time and memory, whatever the bytes are.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(len(_LEGACY_MAGIC))
             if head.startswith(b"PK\x03\x04"):
                 return _load_zip(path, file)
@@ -215,6 +216,8 @@ def _calls(path: Path) -> dict[str, Callable[[tuple[Any, ...]], Any]]:
         if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
             raise PickleError("a tensor with a shape that is no list of counts")
         last = offset + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
+        if 0 in shape and math.prod(extent or 1 for extent in shape) > WIDE:
+            raise PickleError("an empty tensor of an impossible shape")
         if 0 not in shape and (last >= storage.numel or math.prod(shape) > storage.numel):
             raise PickleError(f"a tensor larger than its storage of {storage.numel:,} elements")
         return StoredTensor(path, storage, offset, shape, strides)
@@ -336,7 +339,7 @@ def _wide(extra: bytes, values: list[int]) -> list[int]:
     while at + 4 <= len(extra):
         kind, length = struct.unpack("<HH", extra[at : at + 4])
         if kind == 1:
-            numbers = iter(struct.unpack(f"<{min(length, len(extra) - at - 4) // 8}Q", extra[at + 4 : at + 4 + length // 8 * 8]))
+            numbers = (number for (number,) in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + min(length, len(extra) - at - 4) // 8 * 8]))
             return [next(numbers, value) if value == 0xFFFFFFFF else value for value in values]
         at += 4 + length
     return values

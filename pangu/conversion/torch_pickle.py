@@ -19,6 +19,9 @@ MAX_BYTES = 16 * 2**20
 MAX_OPCODES = 500_000
 """Both are more than ten times what a checkpoint of the 200B model with its optimizer needs; together they bound time and memory."""
 
+MAX_NAME = 512
+"""Characters of a class or function with its module. A name is one copy each time it is asked for."""
+
 
 class PickleError(ValueError):
     """The pickle is damaged, hostile, or not of the kind that checkpoints hold. The message is a part of a line."""
@@ -162,8 +165,8 @@ class Machine:
                 target[_hashable(key)] = value
 
     def _global(self, module: Any, name: Any) -> None:
-        if type(module) is not str or type(name) is not str:
-            raise PickleError("names a class by something that is no text")
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
+            raise PickleError("names a class by something that is no name")
         self._push(Global(f"{module}.{name}"))
 
     def _call(self, function: Any, args: Any) -> None:

@@ -21,6 +21,8 @@ from pangu.config import ModelConfig
 from pangu.errors import InputError, one_line
 from pangu.model.model import PanguModel
 
+MAX_LAYERS, MAX_EXTENT = 512, 2**30
+"""Bounds that no model comes near: to build one, if only its shapes, costs a millisecond and 100 kB a layer."""
 VOCAB_SIZE = 40000
 """Rows of the published vocabulary; a table with more of them that the source's tool padded is cut to it."""
 
@@ -192,7 +194,12 @@ def complete(
             problems are collected, if what is there describes no PanGu model.
     """
     described = dict(described or {})
+    for name, tensor in tensors.items():
+        if not all(0 < extent < MAX_EXTENT for extent in tensor.shape):
+            raise InputError(f"{where}: {name} has shape {list(tensor.shape)}; no weight has.")
     sizes = _infer_sizes(where, tensors, num_layers)
+    if overrides.strict and 16 * sizes["num_layers"] > len(tensors):  # not worth building the model to compare with
+        raise InputError(f"{where}: holds tensors of layer {sizes['num_layers'] - 1}, but just {len(tensors)} in all; more are missing.")
     different = [key for key, inferred in sizes.items() if described.get(key, inferred) != inferred]
     overrides.report(
         where, [f"its configuration says {key} = {described[key]}, but its tensors have {sizes[key]}" for key in different], "."
@@ -205,6 +212,7 @@ def complete(
     values["final_norm"] = overrides.final_norm or described.get("final_norm", final_norm)
     try:
         config = ModelConfig.model_validate(values)
+        check_sizes(config)
     except ValueError as error:
         raise InputError(f"{where}: {_first_problem(error)}") from None
     specs = model_specs(config)
@@ -228,8 +236,8 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int
     if not layers:
         raise InputError(f"{where}: holds no layers; it is no PanGu model.")
     num_layers = max(num_layers, max(layers) + 1)
-    if num_layers > len(tensors):
-        raise InputError(f"{where}: its names are those of {num_layers} layers, but just {len(tensors)} tensors; it is no PanGu model.")
+    if num_layers > min(len(tensors), MAX_LAYERS):
+        raise InputError(f"{where}: its names are those of {num_layers} layers, its tensors {len(tensors)}; it is no PanGu model.")
     words, positions, queries = (f"transformer.{name}.weight" for name in ("wte", "wpe", "wqe"))
     widths = [(f"transformer.h.{layer}.mlp.c_fc.bias", 0, 1) for layer in sorted(layers)]
     shown = {  # tensor, its dimension that has the size, and how many dimensions there are
@@ -247,6 +255,19 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int
     if "hidden_size" not in sizes:
         raise InputError(f"{where}: lacks {words} and whatever else shows the hidden size; it is no PanGu model.")
     return sizes
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """Refuse a model that would cost memory or time by its description alone.
+
+    Raises:
+        ValueError: if a size is out of all proportion.
+    """
+    if config.num_layers > MAX_LAYERS:
+        raise ValueError(f"{config.num_layers} layers, at most {MAX_LAYERS} expected")
+    for key in ("hidden_size", "vocab_size", "max_positions", "ffn_hidden_size"):
+        if getattr(config, key) >= MAX_EXTENT:
+            raise ValueError(f"{key} = {getattr(config, key):.3g}, less than {MAX_EXTENT:,} expected")
 
 
 def _first_problem(error: ValueError) -> str:

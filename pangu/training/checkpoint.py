@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ from pangu.files import lock, remove, sync, write_durably
 from pangu.model.pipeline import quiet
 from pangu.training.checkpoint_writer import FileWriter
 from pangu.training.engine import TrainingEngine
-from pangu.training.manifest import LATEST, LOCK, MANIFEST, complete_steps, file_problem, step_name, step_number
+from pangu.training.manifest import LATEST, MANIFEST, complete_steps, file_problem, step_name, step_number
 from pangu.training.reshard import load_resharded
 
 
@@ -163,33 +163,29 @@ def _set_aside(path: Path, suffix: str) -> Path:
     return aside
 
 
-def claim_directory(config: Config, world: Group) -> IO[str] | None:
-    """Keep other runs out of the checkpoints' directory, and remove what an interrupted save left in it. Every rank must call this.
-
-    Returns:
-        On the first rank a file whose lock holds as long as it is open; it ends with the process, however that ends.
+@contextlib.contextmanager
+def claim_directory(config: Config, world: Group) -> Iterator[None]:
+    """Inside the block no other run uses the checkpoints' directory; what an interrupted save left there is removed. Every rank must enter.
 
     Raises:
-        InputError: on every rank, if another run is at work there.
+        InputError: on every rank, if another run is at work there, or it cannot be used.
     """
     root = config.checkpoint_dir
-    held: IO[str] | None = None
-    refused: str | None = None
-    if world.rank == 0:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            held = lock(root / LOCK)
-            for leftover in (*root.glob("step_*.partial"), *root.glob("step_*.removing")):
-                remove(leftover)
-        except OSError as error:
-            refused = (
-                f"{root}: cannot be used for checkpoints ({error.strerror or error}). Set checkpoint.dir or run.dir to another directory."
-            )
-        except InputError as error:
-            refused = str(error)
-    if message := broadcast_object(refused, world):
-        raise InputError(message)
-    return held
+    with contextlib.ExitStack() as held:
+        refused: str | None = None
+        if world.rank == 0:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock(root))
+                for leftover in (*root.glob("step_*.partial"), *root.glob("step_*.removing")):
+                    remove(leftover)
+            except InputError as error:
+                refused = str(error)
+            except OSError as error:
+                refused = f"{root}: cannot be used for checkpoints ({error.strerror or error}). Set checkpoint.dir to another directory."
+        if message := broadcast_object(refused, world):
+            raise InputError(message)
+        yield
 
 
 def find_checkpoint(config: Config, world: Group) -> Path | None:

@@ -74,8 +74,8 @@ def run_training(config: Config) -> None:
     names = Groups.describe(topology, meeting.rank)
     with Watchdog(meeting, names, config.run.dir, patience, explain) as watchdog:
         groups = Groups.create(topology, timeout)
-        _run(config, groups, watchdog, tokenizer, training, validation, initial_weights)
-        barrier(groups.world)
+        with claim_directory(config, groups.world):
+            _run(config, groups, watchdog, initial_weights, training, validation)
         shutdown()
 
 
@@ -83,23 +83,20 @@ def _run(
     config: Config,
     groups: Groups,
     watchdog: Watchdog,
-    tokenizer: PanguTokenizer | None,
+    initial_weights: Fill,
     training: BlendedDataset,
     validation: BlendedDataset | None,
-    initial_weights: Fill,
 ) -> None:
-    """What follows once the ranks have met."""
-    is_first = groups.world.rank == 0
-    claim = claim_directory(config, groups.world)
+    """Resume or start, train, and write the weights."""
     checkpoint = find_checkpoint(config, groups.world)
     watchdog.beat(0, "building the model")
     engine = TrainingEngine(config, groups, initial_weights)
     watchdog.beat(0, "loading the checkpoint")
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
-    if is_first:
+    if groups.world.rank == 0:
         config.run.dir.mkdir(parents=True, exist_ok=True)
         (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    metrics = Metrics(config, progress.step) if is_first else None
+    metrics = Metrics(config, progress.step) if groups.world.rank == 0 else None
     if metrics:
         start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
         metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
@@ -119,8 +116,7 @@ def _run(
     finally:
         if metrics:
             metrics.close()
-    if claim:
-        claim.close()
+    barrier(groups.world)
 
 
 def _train(

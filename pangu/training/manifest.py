@@ -5,9 +5,8 @@
                                     configuration key), files (bytes and sha256 of every other file)
     step_00000100.SUFFIX/           partial: being written; removing: no longer wanted; damaged: no longer what its manifest says
     latest                          the newest step's name, for DeepSpeed's own tools; never read here
-    .lock                           held by the run that writes there
 
-All of them lie in a run's `checkpoints/`.
+All of them lie in a run's `checkpoints/`; `checkpoints.lock` beside it is held by the run that writes there.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-MANIFEST, LATEST, LOCK = "manifest.json", "latest", ".lock"
+MANIFEST, LATEST = "manifest.json", "latest"
 STEP = re.compile(r"step_(\d{8,})")
 
 

@@ -123,6 +123,17 @@ class TrainConfig(Section):
     """Steps between evaluations on the validation part; 0 = never."""
     eval_batches: Count = 10
     """Global batches an evaluation reads."""
+    on_bad_step: Literal["skip", "rollback", "stop"] = "skip"
+    """After a step whose loss or gradient is not finite, or that is a spike; its update is dropped in any case. `skip`: go on with the next
+    batch, ten in a row end the run; `rollback`: return to the newest checkpoint and go on with later data; `stop`: end the run."""
+    spike_factor: Annotated[float, Field(ge=0.0)] = 0.0
+    """A loss above this multiple of the median of the last 100 is a spike; 0 = off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if 0.0 < self.spike_factor <= 1.0:
+            raise ValueError(f"train.spike_factor = {self.spike_factor} calls half of all steps spikes. Set it above 1, or 0 = off.")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -213,6 +224,9 @@ class RunConfig(Section):
     """Write TensorBoard events where tensorboard is installed."""
     hang_timeout: Annotated[float, Field(ge=0.0)] = 600.0
     """Seconds that a step, a checkpoint or the start of all ranks may take; then the run ends and says which rank is late. 0 = no limit."""
+    consistency_every: CountOrZero = 100
+    """Steps between checks that what several ranks hold alike is equal; also at the start, before each checkpoint and after a bad step.
+    0 = never."""
 
 
 class Config(Section):
@@ -242,6 +256,11 @@ class Config(Section):
             )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr = {self.schedule.min_lr} is above optimizer.lr = {self.optimizer.lr}. Lower the first.")
+        if self.train.on_bad_step == "rollback" and not self.checkpoint.save_every:
+            raise ValueError(
+                "train.on_bad_step = rollback but checkpoint.save_every = 0: there is no checkpoint to return to before the end. "
+                "Set checkpoint.save_every."
+            )
         if self.train.eval_every and not self.data.validation_fraction:
             raise ValueError(
                 f"train.eval_every = {self.train.eval_every} but data.validation_fraction = 0 holds no document back. "

@@ -11,6 +11,7 @@ Start the same command again after an interruption: it goes on from the newest c
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main() -> None:
     from pangu.training.loop import run_training
 
     run_training(config)
+    # The engine is full of cycles that hold process groups. Left to the interpreter's end, their threads may abort the process.
+    gc.collect()
 
 
 if __name__ == "__main__":

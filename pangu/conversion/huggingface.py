@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pangu.config import ModelConfig
 from pangu.conversion import torch_file
+from pangu.conversion.blocks import blocks
 from pangu.conversion.torch_file import StoredTensor
 from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
@@ -347,8 +348,8 @@ def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: tor
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            value = tensor.read()
-            file.write(value.to(dtype or value.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+            for block in blocks(tensor.read(), dtype or tensor.dtype):
+                file.write(block)
 
 
 def file_name(number: int, count: int) -> str:

@@ -23,14 +23,13 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from pangu.conversion.blocks import BLOCK_BYTES, blocks
 from pangu.conversion.weights import LazyTensor
 from pangu.errors import InputError
 from pangu.files import open_file
 
 CHUNK_BYTES = 512 * 2**20
 """MindSpore's SLICE_SIZE: a value of a file that it writes holds at most so much of a tensor."""
-BLOCK_BYTES = 16 * 2**20
-"""What the writer converts at once."""
 
 # Bounds that no real file comes near; a hostile one costs no more than they allow.
 MAX_VALUES = 1 << 16
@@ -351,16 +350,6 @@ def write_tensor(file: BinaryIO, tag: str, tensor: Tensor, dtype: torch.dtype) -
             part, left = left[:room], left[room:]
             file.write(part)
             room -= len(part)
-
-
-def blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a tensor of one dimension or more in C order, converted block by block.
-
-    A transposed tensor is copied once as a whole: by blocks that takes three times as long.
-    """
-    row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
-    for block in tensor.contiguous().split(max(1, BLOCK_BYTES // row_bytes)):
-        yield block.to(dtype).view(-1).view(torch.uint8).numpy().data
 
 
 def _value_header(tag: str, shape: torch.Size, type_name: str, content_bytes: int) -> bytes:

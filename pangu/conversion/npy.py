@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pangu.conversion.blocks import blocks
 from pangu.conversion.mindspore import assemble, file_names, stored_layout, tokenizer_beside
-from pangu.conversion.mindspore_file import MAX_DIMS, StoredTensor, blocks
+from pangu.conversion.mindspore_file import MAX_DIMS, StoredTensor
 from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions
 from pangu.errors import InputError
 from pangu.files import open_file

@@ -19,7 +19,7 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from pangu.conversion.blocks import blocks
 from pangu.conversion.torch_pickle import MAX_BYTES, Global, Machine, Opaque, PickleError
 from pangu.errors import InputError
 from pangu.files import open_file
@@ -374,27 +375,27 @@ class TorchFileWriter:
         self._written = 0
         self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        self._member("data.pkl", pickled)
-        self._member("byteorder", sys.byteorder.encode())
-        self._member("version", b"3\n")
+        for name, data in (("data.pkl", pickled), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
+            self._member(name, len(data), [data])
 
     def write(self, tensor: Tensor) -> None:
         """Write the next tensor of the tree, in the order in which its containers hold them."""
         planned = self._planned[self._written]
         assert tensor.shape == planned.shape, (tensor.shape, planned.shape)
-        values = tensor.detach().to("cpu", planned.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._member(f"data/{self._written}", values)
+        size = math.prod(planned.shape) * planned.dtype.itemsize
+        self._member(f"data/{self._written}", size, blocks(tensor.detach().cpu(), planned.dtype))
         self._written += 1
 
-    def _member(self, name: str, data: Any) -> None:
+    def _member(self, name: str, size: int, parts: Iterable[bytes | memoryview]) -> None:
         info = zipfile.ZipInfo(f"{self._prefix}/{name}")
-        wide = memoryview(data).nbytes >= WIDE
+        wide = size >= WIDE
         # torch begins each storage at a multiple of 64 bytes, so that it can be mapped; an extra field fills the gap.
         begin = self._file.tell() + 30 + len(info.filename.encode()) + 4 + (20 if wide else 0)
         gap = -begin % ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", gap) + b"Z" * gap
         with self._archive.open(info, "w", force_zip64=wide) as member:
-            member.write(data)
+            for part in parts:
+                member.write(part)
 
     def __enter__(self) -> TorchFileWriter:
         return self

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,13 @@ class Progress:
     """How far a run is. The sampler's whole state is `consumed_samples`."""
 
     step: int = 0
-    """Optimizer steps taken, those that fp16 skipped included."""
+    """Optimizer steps taken, skipped ones included."""
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last good steps, oldest first (pangu.training.anomalies)."""
+    bad_steps: int = 0
+    """Bad steps since the last good one."""
 
 
 def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
@@ -69,6 +73,8 @@ def start_save(engine: TrainingEngine, progress: Progress, *, background: bool =
     _together(prepare, world, f"{root}: cannot be prepared for a checkpoint")
     writer = FileWriter(engine.engine.checkpoint_engine, background=background)
     own, engine.engine.checkpoint_engine = engine.engine.checkpoint_engine, writer
+    # The first rank alone would copy scripts beside the checkpoints, and fail alone; tools/convert_checkpoint.py does what they do.
+    engine.engine._copy_recovery_script = lambda folder: None
     try:
         engine.engine.save_checkpoint(str(root), tag=partial.name, client_state={"progress": asdict(progress)}, save_latest=False)
     finally:
@@ -84,7 +90,7 @@ class PendingSave:
 
     engine: TrainingEngine
     partial: Path
-    progress: dict[str, int]
+    progress: dict[str, Any]
     writer: FileWriter
 
     def is_written(self) -> bool:

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pangu.training.manifest import sha256
 
@@ -84,27 +84,40 @@ class FileWriter:
             self._failure = error
 
 
-def on_host(value: Any, storages: dict[int, torch.UntypedStorage], *, always_copy: bool) -> Any:
-    """A state with its tensors in host memory. Tensors that share memory share it in the copy too: a file holds it once.
+def on_host(value: Any, copies: dict[int, Any], *, always_copy: bool) -> Any:
+    """A state with its tensors in host memory. What is one object or one memory in it is one in the copy, so that files are the same.
 
     Args:
         value: nested dictionaries, lists and tuples of tensors and plain values.
-        storages: what has been copied, by address; empty at first.
-        always_copy: copy what is in host memory already, too: it may change afterwards.
+        copies: what has been copied, by identity; empty at first.
+        always_copy: copy tensors that are in host memory already, too: they may change afterwards.
     """
+    if id(value) not in copies:
+        copies[id(value)] = _copied(value, copies, always_copy)
+    return copies[id(value)]
+
+
+def _copied(value: Any, copies: dict[int, Any], always_copy: bool) -> Any:
     if isinstance(value, Tensor):
         if not always_copy and value.device.type == "cpu":
             return value
         storage = value.untyped_storage()
-        if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage.cpu() if value.device.type != "cpu" else storage.clone()
-        shared = storages[storage.data_ptr()]
-        return torch.empty(0, dtype=value.dtype).set_(shared, value.storage_offset(), value.shape, value.stride())
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # an OrderedDict of a module carries an attribute
-        for key, item in value.items():
-            copied[key] = on_host(item, storages, always_copy=always_copy)
+        key = storage._cdata  # the same for every tensor in one memory; an address, as `id` is, of another kind of object
+        if key not in copies:
+            copies[key] = storage.clone() if storage.device.type == "cpu" else storage.cpu()
+        copied = torch.empty(0, dtype=value.dtype).set_(copies[key], value.storage_offset(), value.shape, value.stride())
+        copied = (
+            nn.Parameter(copied, value.requires_grad) if isinstance(value, nn.Parameter) else copied.requires_grad_(value.requires_grad)
+        )
+        # What DeepSpeed has pinned to a tensor is written with it.
+        vars(copied).update({name: on_host(item, copies, always_copy=always_copy) for name, item in vars(value).items()})
         return copied
+    if isinstance(value, dict):
+        mapping = copy.copy(value)  # an OrderedDict of a module carries an attribute
+        for key, item in value.items():
+            mapping[key] = on_host(item, copies, always_copy=always_copy)
+        return mapping
     if type(value) in (list, tuple):
-        return type(value)(on_host(item, storages, always_copy=always_copy) for item in value)
-    return copy.deepcopy(value) if always_copy else value
+        return type(value)(on_host(item, copies, always_copy=always_copy) for item in value)
+    plain = isinstance(value, (str, bytes, int, float, bool, type(None), torch.dtype, torch.Size))
+    return value if plain or not always_copy else copy.deepcopy(value)

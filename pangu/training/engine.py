@@ -25,6 +25,7 @@ from pangu.data.batches import Batch
 from pangu.model.block import RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import build_pipeline, quiet
+from pangu.training.guard import StepGuard
 from pangu.training.optimizer import build_optimizer
 
 
@@ -35,11 +36,13 @@ class StepResult:
     loss: float
     """Mean over the global batch, nats per token."""
     grad_norm: float
-    """Global norm of the gradient before clipping."""
+    """Global norm of the gradient before clipping; infinite where the step was skipped."""
     skipped: bool
-    """fp16 only: the gradients overflowed at this loss scale, so the weights stayed as they were."""
+    """The loss was not finite or over the limit, or the gradient not finite: weights and optimizer stayed as they were, on every rank."""
+    overflow: bool
+    """fp16 only: skipped because the gradient overflowed at this loss scale, which can still fall."""
     loss_scale: float | None
-    """fp16 only."""
+    """fp16 only, after the step."""
 
 
 class TrainingEngine:
@@ -86,43 +89,61 @@ class TrainingEngine:
                 module = PanguModel(config.model, context, options)
         offload = bool(settings["zero_optimization"].get("offload_optimizer"))
         optimizer, self.optimizer_name = build_optimizer(config.optimizer, module.parameters(), offload=offload)
+        self.guard = StepGuard(module.parameters(), groups, self.micro_batches, accelerator.device())
         with quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
         self.module = self.engine.module
+        if config.parallel.zero_stage > 0:
+            self.guard.judge_by_norm(self.engine.optimizer)
+        if self.has_pipeline:
+            loss_of = self.module.loss_fn
+            self.module.loss_fn = lambda *args: self.guard.gate(loss_of(*args)) if self.module.training else loss_of(*args)
         zero = settings["zero_optimization"]
         # What DeepSpeed's files do not say and loads wrongly in silence: how its flat buffers are cut, and which optimizer wraps ours.
         self.buffer_form = f"{type(self.engine.optimizer).__name__}, sub-groups of {zero.get('sub_group_size', 'the default size')}"
 
-    def train_step(self, batches: Iterator[Batch], learning_rate: float) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepResult:
         """Consume one global batch: forward, backward, clip, update.
 
         Args:
             batches: this rank's micro-batches. A stage in the middle of a pipeline takes none.
             learning_rate: of this step.
+            loss_limit: above it the update is dropped, as it is where loss or gradient is not finite.
         """
         for group in self.param_groups:
             group["lr"] = learning_rate
+        scale_can_fall = self._scale_can_fall()
         grad_norm: float | None = None
+        self.guard.begin(loss_limit)
         if self.has_pipeline:
-            loss = self.engine.train_batch(data_iter=map(_pipeline_batch, batches))
+            loss = float(self.engine.train_batch(data_iter=map(_pipeline_batch, batches)))
         else:
             self.engine.train()
-            loss = torch.zeros((), device=self.engine.device)
             for _ in range(self.micro_batches):
-                micro_loss = self.engine(*self._inputs(next(batches)))
-                self.engine.backward(micro_loss)
-                loss += micro_loss.detach().float() / self.micro_batches
+                self.engine.backward(self.guard.gate(self.engine(*self._inputs(next(batches)))))
                 if self.config.parallel.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
                     grad_norm = self._clip()
                 self.engine.step()
-            loss = self._mean_over_data(loss)
+            loss = float(self.guard.mean_loss)
         if grad_norm is None:
             grad_norm = float(self.engine.get_global_grad_norm())
-        fp16 = self.config.train.precision == "fp16"
-        skipped = fp16 and not self.engine.was_step_applied()
+            assert math.isfinite(grad_norm) == self.engine.was_step_applied(), f"DeepSpeed applied a step of gradient norm {grad_norm}"
+        skipped = not math.isfinite(grad_norm)
         return StepResult(
-            float(loss), math.inf if skipped else grad_norm, skipped, float(self.engine.optimizer.loss_scale) if fp16 else None
+            loss=loss,
+            grad_norm=math.inf if skipped else grad_norm,
+            skipped=skipped,
+            overflow=skipped and scale_can_fall and loss <= loss_limit and math.isfinite(loss),
+            loss_scale=float(self.engine.optimizer.loss_scale) if self.config.train.precision == "fp16" else None,
         )
+
+    def _scale_can_fall(self) -> bool:
+        """Whether fp16's loss scale is above its floor. DeepSpeed would raise on an overflow there: that is for the caller to judge."""
+        if self.config.train.precision != "fp16":
+            return False
+        scaler = self.engine.optimizer.loss_scaler
+        scaler.raise_error_at_min_scale = False
+        return bool(scaler.dynamic and scaler.loss_scale > scaler.min_scale)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -162,7 +183,8 @@ class TrainingEngine:
     def _clip(self) -> float:
         """Clip this step's averaged gradients by their global norm; returns the norm before clipping.
 
-        Slices are summed over the tensor-parallel group and replicated parameters counted once, as their ShardSpecs say.
+        Slices are summed over the tensor-parallel group and replicated parameters counted once, as their ShardSpecs say. Where the norm is
+        not finite the gradients are dropped, so that the optimizer finds nothing to do.
         """
         squares = torch.zeros(2, device=self.engine.device)  # split, replicated
         gradients = []
@@ -170,8 +192,13 @@ class TrainingEngine:
             assert parameter.grad is not None, spec_of(parameter).name
             gradients.append(parameter.grad)
             squares[0 if spec_of(parameter).split_dim is not None else 1] += parameter.grad.float().square().sum()
-        norm = float((all_reduce(squares[0].clone(), self.groups.tensor) + squares[1]).sqrt())
-        if self.config.optimizer.grad_clip and norm > self.config.optimizer.grad_clip:
+        # Every rank counts its own replicated gradients, and hears whether another's are not finite: the norm is one on all.
+        split, fault = all_reduce(torch.stack([squares[0], 0.0 * squares[1]]), self.groups.tensor)
+        norm = float((split + fault + squares[1]).sqrt())
+        if not math.isfinite(norm):
+            for parameter in self.module.parameters():
+                parameter.grad = None
+        elif self.config.optimizer.grad_clip and norm > self.config.optimizer.grad_clip:
             for gradient in gradients:
                 gradient.mul_(self.config.optimizer.grad_clip / norm)
         return norm

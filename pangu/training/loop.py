@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,9 +28,12 @@ from pangu.data.build import build_datasets
 from pangu.data.sampler import Sampler
 from pangu.errors import InputError, explain
 from pangu.tokenizer import PanguTokenizer
-from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint
+from pangu.training.anomalies import HISTORY, decide, fault_of, loss_limit
+from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint, verify
 from pangu.training.engine import StepResult, TrainingEngine
+from pangu.training.manifest import step_name
 from pangu.training.metrics import Metrics
+from pangu.training.replicas import ReplicaCheck
 from pangu.training.report import flops_per_token, print_report
 from pangu.training.schedule import learning_rate
 from pangu.training.stopping import StopRequest
@@ -101,7 +105,7 @@ def _run(
         start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
         metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
     try:
-        stopped_by = _train(config, engine, progress, training, validation, metrics, watchdog)
+        stopped_by = _train(config, engine, progress, checkpoint, training, validation, metrics, watchdog)
         if stopped_by:
             if metrics:
                 metrics.say(f"{stopped_by}: saved at step {progress.step}; start the same command again to go on.")
@@ -123,6 +127,7 @@ def _train(
     config: Config,
     engine: TrainingEngine,
     progress: Progress,
+    checkpoint: Path | None,
     training: BlendedDataset,
     validation: BlendedDataset | None,
     metrics: Metrics | None,
@@ -133,7 +138,18 @@ def _train(
     stop = StopRequest()
     stopped_by = 0
     saver = CheckpointSaver(engine)
-    saved_step = progress.step
+    check = ReplicaCheck(engine) if config.run.consistency_every else None
+
+    def compare_replicas() -> None:
+        try:
+            if check:
+                check(progress)
+        except InputError:
+            saver.finish()  # what is being written was taken when all was well
+            raise
+
+    compare_replicas()
+    rollbacks = 0
     batches = watchdog.each(_batches(config, engine, training, progress.consumed_samples))
     peak = accelerator.peak_flops()
     tokens_per_step = train.global_batch_size * train.sequence_length
@@ -141,21 +157,43 @@ def _train(
         watchdog.beat(progress.step + 1, "training")
         began = time.perf_counter()
         rate = learning_rate(config, progress.step)
-        result = engine.train_step(batches, rate)
+        limit = loss_limit(progress.recent_losses, train.spike_factor)
+        result = engine.train_step(batches, rate, limit)
         accelerator.synchronize()
         seconds = time.perf_counter() - began
         progress.step += 1
         progress.consumed_samples += train.global_batch_size
         progress.consumed_tokens += tokens_per_step
-        if not math.isfinite(result.loss) or (not math.isfinite(result.grad_norm) and not result.skipped):
-            raise InputError(
-                f"step {progress.step}: loss {result.loss}, gradient norm {result.grad_norm}; finite numbers expected. Nothing was saved "
-                f"after step {saved_step}. Lower optimizer.lr or set optimizer.grad_clip, then start again."
-            )
+        fault, decision = fault_of(result, limit), None
+        if fault:
+            progress.bad_steps += 1
+            decision = decide(train.on_bad_step, in_a_row=progress.bad_steps, rollbacks=rollbacks, has_checkpoint=checkpoint is not None)
+        elif not result.skipped:
+            progress.bad_steps = 0
+            progress.recent_losses = [*progress.recent_losses, result.loss][-HISTORY:]
         if metrics:
             speed = tokens_per_step / seconds
             mfu = speed * flops_per_token(config) / (peak * groups.topology.world_size) if peak else None
-            metrics.step(_figures(result, progress, rate, seconds, speed, mfu))
+            metrics.step(_figures(result, progress, rate, seconds, speed, mfu) | {"fault": fault, "decision": decision})
+            if decision:
+                metrics.say(f"step {progress.step}: {fault}; its update was dropped on every rank: {decision}.")
+        if check and (fault or progress.step % config.run.consistency_every == 0):
+            compare_replicas()  # one that was corrupted is a better reason than the loss that it led to
+        if decision in ("rollback", "stop"):
+            saver.finish()
+        if decision == "stop":
+            kept = f"the newest checkpoint is {checkpoint}" if checkpoint else "nothing was saved"
+            raise InputError(
+                f"step {progress.step}: {fault}, {progress.bad_steps} bad steps in a row, {rollbacks} returns to a checkpoint; "
+                f"train.on_bad_step = {train.on_bad_step} ends the run here. No such update reached the weights; {kept}. Lower optimizer.lr"
+                " or optimizer.grad_clip, or look at the data of these steps, then start again."
+            )
+        if decision == "rollback":
+            assert checkpoint is not None
+            watchdog.beat(progress.step, "returning to a checkpoint")
+            _roll_back(engine, progress, checkpoint)
+            rollbacks += 1
+            continue
         if validation is not None and train.eval_every and progress.step % train.eval_every == 0:
             watchdog.beat(progress.step, "evaluating")
             loss = engine.evaluate(watchdog.each(_batches(config, engine, validation, 0)), train.eval_batches)
@@ -167,8 +205,9 @@ def _train(
         due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
         if due or stopped_by or progress.step == train.steps:
             watchdog.beat(progress.step, "saving")
+            compare_replicas()  # one that was corrupted must not push out good checkpoints
             saver.save(progress)
-            saved_step = progress.step
+            checkpoint, rollbacks = config.checkpoint_dir / step_name(progress.step), 0
         else:
             saver.poll()
         if stopped_by and progress.step < train.steps:
@@ -177,13 +216,21 @@ def _train(
     return signal.Signals(stopped_by).name if stopped_by and progress.step < train.steps else None
 
 
+def _roll_back(engine: TrainingEngine, progress: Progress, checkpoint: Path) -> None:
+    """Return to a checkpoint in everything but the data: what was read since is not read again."""
+    if problem := verify(checkpoint, engine.groups.world):
+        raise InputError(f"{checkpoint}: the run would return to it, but {problem}. Start again: an older one will be taken.")
+    saved = load_checkpoint(engine, checkpoint)
+    progress.step, progress.recent_losses, progress.bad_steps = saved.step, saved.recent_losses, saved.bad_steps
+
+
 def _figures(
     result: StepResult, progress: Progress, rate: float, seconds: float, speed: float, mfu: float | None
-) -> dict[str, float | int | bool | None]:
+) -> dict[str, float | int | bool | str | None]:
     """One step's line of metrics.jsonl."""
     return {
         "step": progress.step,
-        "loss": result.loss,
+        "loss": result.loss if math.isfinite(result.loss) else None,
         "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
         "learning_rate": rate,
         "consumed_samples": progress.consumed_samples,

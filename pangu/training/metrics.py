@@ -70,7 +70,7 @@ class Metrics:
         self._file.write(json.dumps({key: value for key, value in figures.items() if value is not None}) + "\n")
         if self._tensorboard is not None:
             for key, value in figures.items():
-                if value is not None and key not in ("step", "consumed_samples"):
+                if value is not None and not isinstance(value, str) and key not in ("step", "consumed_samples"):
                     self._tensorboard.add_scalar(key, value, figures["step"])
 
 

@@ -5,30 +5,38 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from harness import run_distributed
+from layouts import random_batches, small_config, start
+from mindspore_bytes import strategy
+from mindspore_shards_of import layout_of, write_shards
 
+from megatron_ext.sharding import canonical_parameters
 from pangu.config import ModelConfig
-from pangu.conversion import formats, huggingface
+from pangu.conversion import formats, huggingface, mindspore
 from pangu.conversion.convert import convert
+from pangu.conversion.export import write_weights
 from pangu.conversion.formats import FORMATS, detect_format, open_weights
 from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions, complete, model_specs
 from pangu.errors import InputError
+from pangu.training.checkpoint import Progress, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WRITABLE = [name for name, known in FORMATS.items() if known.write]
 HEADS = Overrides(num_heads=4)
 
 
-def weights(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Weights:
+def weights(dtype: torch.dtype = torch.float32, scale: float = 1.0, num_heads: int = 4) -> Weights:
     """A small model all of whose tensors are random, biases and norms too."""
-    config = ModelConfig(num_layers=3, hidden_size=32, num_heads=4, vocab_size=50, max_positions=16)
+    config = ModelConfig(num_layers=3, hidden_size=32, num_heads=num_heads, vocab_size=50, max_positions=16)
     generator = torch.Generator().manual_seed(3)
     values = {name: (scale * torch.randn(spec.shape, generator=generator)).to(dtype) for name, spec in model_specs(config).items()}
     tensors = {name: LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value) for name, value in values.items()}
-    return complete(Path("memory"), tensors, HEADS, source="made here")
+    return complete(Path("memory"), tensors, Overrides(num_heads=num_heads), source="made here")
 
 
 def equal(one: Weights, other: Weights) -> bool:
@@ -49,6 +57,63 @@ def test_any_format_to_any_other_and_back_is_bit_exact(first: str, second: str, 
     back = open_weights(tmp_path / "b", HEADS)
     assert back.config == original.config
     assert equal(back, original)
+
+
+def shards(original: Weights, folder: Path) -> Path:
+    """The model as eight ranks of a released checkpoint hold it."""
+    names = mindspore.file_names(original.config)
+    arrays = {name: mindspore.stored_layout(ours, original.tensors[ours]).read().numpy() for ours, name in names.items()}
+    write_shards(folder, arrays, 4, 2)
+    (folder / "ckpt_strategy.ckpt").write_bytes(strategy({name: layout_of(name, array, 4, 2) for name, array in arrays.items()}))
+    return folder
+
+
+def trained(directory: str) -> None:
+    """Two steps on tensor 2 x pipeline 2, saved, and the weights as training exports them."""
+    config = small_config(checkpoint={"dir": f"{directory}/checkpoints"}, parallel={"tensor": 2, "pipeline": 2})
+    engine = start(config)
+    batches = random_batches(config, engine.groups)
+    for _ in range(2):
+        engine.train_step(batches, 1e-2)
+    save_checkpoint(engine, Progress(step=2))
+    parameters = ((spec, partial(engine.whole, parameter)) for spec, parameter in canonical_parameters(engine.module))
+    write_weights(Path(directory) / "weights", config.model, engine.groups, parameters)
+
+
+@pytest.fixture(scope="module")
+def only_read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """The formats that are not written: a source in each, and the same model as a canonical directory."""
+    root = tmp_path_factory.mktemp("sources")
+    convert(weights(), "huggingface", root / "weights", WriteOptions())
+    run_distributed(trained, 4, str(root / "run"))
+    return {
+        "mindspore-shards": (shards(weights(), root / "released"), root / "weights"),
+        "deepspeed": (root / "run/checkpoints", root / "run/weights"),
+    }
+
+
+@pytest.mark.parametrize("target", WRITABLE)
+@pytest.mark.parametrize("source", [name for name, known in FORMATS.items() if not known.write])
+def test_what_is_only_read_becomes_any_other_format_bit_for_bit(
+    source: str, target: str, only_read: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    path, same = only_read[source]
+    assert detect_format(path) == source
+    convert(open_weights(path, HEADS), target, tmp_path / "out", WriteOptions(tensor_parallel=4))
+    assert equal(open_weights(tmp_path / "out", HEADS), open_weights(same, HEADS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_any_number_of_megatron_files_into_any_other_is_bit_exact(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The vocabulary of 50 divides by neither 4 nor 8; biases and norms are random."""
+    original = weights(dtype, num_heads=8)
+    for ranks in (1, 2, 4, 8):
+        convert(original, "megatron", tmp_path / str(ranks), WriteOptions(tensor_parallel=ranks))
+        for again in (1, 2, 4, 8):
+            output = tmp_path / f"{ranks} to {again}"
+            convert(open_weights(tmp_path / str(ranks), Overrides(num_heads=8)), "megatron", output, WriteOptions(tensor_parallel=again))
+            assert len(list(output.rglob("*.pt"))) == again
+            assert equal(open_weights(output, Overrides(num_heads=8)), original)
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:

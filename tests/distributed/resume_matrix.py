@@ -16,8 +16,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import conftest  # noqa: F401  (the environment of the ranks)
 
-from distributed.layouts import random_batches, small_config, start
 from harness import run_distributed
+from layouts import random_batches, small_config, start
 
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from pangu.training.schedule import learning_rate

@@ -8,16 +8,18 @@ from typing import Any
 import fake_hccl
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from harness import RankError, run_distributed
-from layouts import random_batches, small_config, start
+from layouts import allow_fp16, random_batches, small_config, start
 
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 
 
-def train_on_hccl(directory: str, parallel: dict[str, Any]) -> list[float]:
+def train_on_hccl(directory: str, parallel: dict[str, Any], precision: str) -> list[float]:
     """Losses of 5 steps: three, a checkpoint, an evaluation, and two more after loading it."""
+    allow_fp16()
     fake_hccl.install()
-    config = small_config(parallel=parallel, checkpoint={"dir": directory})
+    config = small_config(parallel=parallel, train={"precision": precision}, checkpoint={"dir": directory})
     engine = start(config)
     assert torch.distributed.get_backend() == "hccl"
     batches = random_batches(config, engine.groups)
@@ -30,27 +32,31 @@ def train_on_hccl(directory: str, parallel: dict[str, Any]) -> list[float]:
     return losses + [engine.train_step(batches, 1e-2).loss for _ in range(2)]
 
 
-def train_on_gloo(parallel: dict[str, Any]) -> list[float]:
-    """The same steps without the save."""
-    config = small_config(parallel=parallel)
+def train_on_gloo(parallel: dict[str, Any], precision: str) -> list[float]:
+    """The same steps without the save, and the gradient norm in float32 as there."""
+    allow_fp16()
+    type(get_accelerator()).is_fp64_supported = lambda self: False
+    config = small_config(parallel=parallel, train={"precision": precision})
     engine = start(config)
     batches = random_batches(config, engine.groups)
     return [engine.train_step(batches, 1e-2).loss for _ in range(5)]
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
+    ("world_size", "parallel", "precision"),
     [
-        (4, {"tensor": 2, "pipeline": 2}),
-        (4, {"tensor": 2, "pipeline": 2, "sequence": True, "recompute": "full"}),
-        (2, {"zero_stage": 2}),
-        (2, {"zero_stage": 3}),
+        (4, {"tensor": 2, "pipeline": 2}, "fp32"),
+        (4, {"tensor": 2, "pipeline": 2, "sequence": True, "recompute": "full"}, "fp32"),
+        (2, {"zero_stage": 2}, "fp32"),
+        (2, {"zero_stage": 3}, "fp32"),
+        (2, {"zero_stage": 2}, "bf16"),
+        (2, {"zero_stage": 2}, "fp16"),
     ],
     ids=str,
 )
-def test_training_asks_nothing_of_hccl_that_it_lacks(world_size: int, parallel: dict[str, Any], tmp_path: Path) -> None:
-    expected = run_distributed(train_on_gloo, world_size, parallel)
-    assert run_distributed(train_on_hccl, world_size, str(tmp_path), parallel) == expected
+def test_training_asks_nothing_of_hccl_that_it_lacks(world_size: int, parallel: dict[str, Any], precision: str, tmp_path: Path) -> None:
+    expected = run_distributed(train_on_gloo, world_size, parallel, precision)
+    assert run_distributed(train_on_hccl, world_size, str(tmp_path), parallel, precision) == expected
 
 
 def refused(what: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_distributed
-from layouts import random_batches, small_config, start, train
+from layouts import allow_fp16, random_batches, small_config, start, train
+
+from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -26,9 +30,7 @@ def test_bf16_follows_fp32(world_size: int, parallel: dict[str, Any]) -> None:
 
 def train_fp16(parallel: dict[str, Any]) -> list[tuple[float, bool, float | None, bool]]:
     """(loss, skipped, loss scale, whether the weights changed) of each step."""
-    from deepspeed.accelerator import get_accelerator
-
-    type(get_accelerator()).is_fp16_supported = lambda self: True  # slow on this CPU, not impossible
+    allow_fp16()
     config = small_config(parallel=parallel, train={"precision": "fp16"}, optimizer={"lr": 1e-3})
     engine = start(config)
     batches = random_batches(config, engine.groups)
@@ -58,3 +60,44 @@ def test_fp16_skips_overflows_everywhere_alike(world_size: int, parallel: dict[s
     assert all(changed != skip for skip, _, changed in outcomes[0])
     scales = [scale for _, scale, _ in outcomes[0]]
     assert scales == sorted(scales, reverse=True) and 1 < scales[-1] < 2**31
+
+
+def train_fp16_and_save(directory: str, parallel: dict[str, Any], num_steps: int, deepspeed: Path | None = None) -> list[Any]:
+    """Resume if there is a checkpoint, train to `num_steps`, save; what each step did, as bits."""
+    allow_fp16()
+    config = small_config(parallel=parallel, train={"precision": "fp16"}, checkpoint={"dir": directory})
+    engine = start(config.model_copy(update={"deepspeed": deepspeed}))
+    checkpoint = find_checkpoint(config, engine.groups.world)
+    progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
+    batches = random_batches(config, engine.groups, first_step=progress.step)
+    results = []
+    while progress.step < num_steps:
+        result = engine.train_step(batches, 1e-3)
+        progress.step += 1
+        results.append((result.loss.hex(), result.grad_norm.hex(), result.skipped, result.overflow, result.loss_scale))
+    save_checkpoint(engine, progress)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(2, {"pipeline": 2}), (2, {"tensor": 2}), pytest.param(2, {"zero_stage": 3}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_fp16_resumes_in_the_midst_of_its_search(world_size: int, parallel: dict[str, Any], tmp_path: Path) -> None:
+    unbroken = run_distributed(train_fp16_and_save, world_size, str(tmp_path / "a"), parallel, 24)
+    first = run_distributed(train_fp16_and_save, world_size, str(tmp_path / "b"), parallel, 4)
+    second = run_distributed(train_fp16_and_save, world_size, str(tmp_path / "b"), parallel, 24)
+    assert unbroken == [unbroken[0]] * world_size
+    assert [before + after for before, after in zip(first, second, strict=True)] == unbroken
+    skipped = [skipped for _, _, skipped, _, _ in unbroken[0]]
+    assert all(skipped[:6]) and not skipped[-1]  # the resumed run has overflows and good steps
+    assert all(overflow == skipped for _, _, skipped, overflow, _ in unbroken[0])
+
+
+def test_an_overflow_at_the_lowest_loss_scale_is_a_fault(tmp_path: Path) -> None:
+    recipe = tmp_path / "fp16.json"
+    recipe.write_text(json.dumps({"fp16": {"initial_scale_power": 32, "min_loss_scale": 2**31, "hysteresis": 1}}))
+    for results in run_distributed(train_fp16_and_save, 2, str(tmp_path / "run"), {}, 3, recipe):
+        outcomes = [outcome for _, _, *outcome in results]
+        assert outcomes == [[True, True, 2.0**31], [True, False, 2.0**31], [True, False, 2.0**31]]

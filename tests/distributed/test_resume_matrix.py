@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.layouts import small_config, start
 from distributed.resume_matrix import LAYOUTS, SAVED_AT, STEPS, Steps, largest_difference, resume, save_all, train
 from harness import RankError, run_distributed
+from layouts import small_config, start
 
 from pangu.conversion.deepspeed_optimizer import STATES, read_optimizer
 from pangu.training.checkpoint import load_checkpoint

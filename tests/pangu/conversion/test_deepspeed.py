@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.layouts import random_batches, small_config, start
 from harness import run_distributed
+from layouts import random_batches, small_config, start
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.layouts import random_batches, small_config, start
 from harness import run_distributed
+from layouts import random_batches, small_config, start
 from torch import Tensor
 
 from megatron_ext.collectives import all_gather

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.layouts import random_batches
-from distributed.layouts import small_config as small_run
 from harness import run_distributed
+from layouts import random_batches
+from layouts import small_config as small_run
 from ranks import share
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed.layouts import random_batches, small_config, start
 from harness import run_distributed
+from layouts import random_batches, small_config, start
 from mindspore_bytes import checkpoint, strategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.layouts import small_config
+from layouts import small_config
 
 from pangu.config import Config
 from pangu.training.metrics import Metrics

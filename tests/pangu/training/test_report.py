@@ -6,8 +6,8 @@ import io
 from typing import Any
 
 import pytest
-from distributed.layouts import small_config, start
 from harness import run_distributed
+from layouts import small_config, start
 from rich.console import Console
 
 from megatron_ext.sharding import canonical_parameters

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.layouts import small_config
+from layouts import small_config
 
 from pangu.training.schedule import learning_rate
 

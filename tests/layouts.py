@@ -52,6 +52,13 @@ def start(config: Config) -> TrainingEngine:
     return TrainingEngine(config, groups, random_weights(config.train.seed))
 
 
+def allow_fp16() -> None:
+    """DeepSpeed refuses fp16 on most CPUs: it is slow there, not impossible."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
 def train(config: Config, num_steps: int = 20) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     from pangu.training.schedule import learning_rate

@@ -1,0 +1,109 @@
+"""tools/benchmark.py: what it prints, what it refuses, and that its numbers are measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from pangu.config import ModelConfig
+from pangu.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from benchmarks import convert, machine  # noqa: E402  (the line above makes it importable)
+
+STEPS = ["mindspore -> huggingface", "huggingface -> megatron", "megatron -> mindspore"]
+
+
+def options(workdir: Path) -> argparse.Namespace:
+    return argparse.Namespace(preset="350M", layers=1, dtype="fp16", repeats=1, workdir=workdir)
+
+
+def test_conversions_are_measured_next_to_copies(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "tools/benchmark.py", "convert", "--preset", "350M", "--layers", "1", "--repeats", "1", "--json"]
+    done = subprocess.run([*command, "--workdir", tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["task"] == "convert" and "cores" in result["device"]
+    assert result["model"]["largest_tensor_bytes"] == 40000 * 1024 * 2 < result["model"]["bytes"]
+    assert list(result["ours"]) == list(result["peers"]["copy"]) == STEPS
+    for step in STEPS:
+        ours, copied = result["ours"][step], result["peers"]["copy"][step]
+        assert result["ratios"][f"speed, {step}"] == copied["seconds"] / ours["seconds"] > 0
+        # The table of words is read whole by each of them, and nothing else is of its size.
+        assert 1 <= ours["over_baseline_bytes"] / result["model"]["largest_tensor_bytes"] < 1.6
+        assert ours["peak_bytes"] - ours["baseline_bytes"] == ours["over_baseline_bytes"] >= ours["anonymous_over_baseline_bytes"]
+    assert not list(tmp_path.iterdir())
+    console = Console(width=80, record=True)
+    console.print(convert.table(result))
+    rows = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.startswith("│")}
+    assert f"{result['ours'][STEPS[2]]['over_baseline_bytes'] / 1e6:,.0f}" in rows["over the baseline, MB"]
+
+
+def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 5 * 10**8))
+    with pytest.raises(InputError, match=r"0\.5 GB free, 0\.\d GB needed"):
+        convert.measure(options(tmp_path))
+
+
+def test_impossible_options_are_refused(tmp_path: Path) -> None:
+    for changed in ({"layers": 0}, {"repeats": 0}, {"workdir": tmp_path / "missing"}):
+        with pytest.raises(InputError, match=f"--{next(iter(changed))}"):
+            convert.measure(argparse.Namespace(**vars(options(tmp_path)) | changed))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interruption_leaves_nothing(error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(command: list[object]) -> machine.Usage:
+        assert list(tmp_path.glob("*/mindspore.ckpt"))
+        raise error
+
+    monkeypatch.setattr(convert, "watch", interrupted)
+    with pytest.raises(error):
+        convert.measure(options(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_fails_is_told_in_one_line() -> None:
+    refuse = [sys.executable, "-c", "import sys; print('error: no such format', file=sys.stderr); sys.exit(2)"]
+    with pytest.raises(InputError, match=r"^a conversion failed: no such format$"):
+        convert._run(refuse)
+    with pytest.raises(InputError, match="a conversion failed"):
+        convert._run(refuse, refused="exists already")
+    assert convert._run(refuse, refused="no such format").exit_code == 2
+
+
+def test_a_program_s_memory_is_its_own() -> None:
+    """However much its parent has, and however short its peak."""
+    held = bytearray(200 * 2**20)
+    small, large = (machine.watch([sys.executable, "-c", f"b = bytearray({size} * 2**20); del b"]) for size in (1, 100))
+    del held
+    assert small.exit_code == large.exit_code == 0
+    assert small.peak_bytes < 50 * 2**20
+    assert 90 < (large.peak_bytes - small.peak_bytes) / 2**20 < 110
+
+
+def test_random_weights_are_the_same_every_time() -> None:
+    config = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, vocab_size=10, max_positions=4)
+    one, other = (convert.random_weights(config, torch.float16).tensors for _ in range(2))
+    assert all(torch.equal(one[name].read(), other[name].read()) for name in one)
+    assert not torch.equal(one["transformer.h.0.attn.q_proj.weight"].read(), one["transformer.h.0.attn.k_proj.weight"].read())
+
+
+def test_copies_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "BLOCK_BYTES", 7)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_bytes(name.encode() * 100)
+    assert convert._copy(folder, tmp_path / "copy") > 0
+    assert [path.read_bytes() for path in sorted((tmp_path / "copy").iterdir())] == [b"a" * 100, b"b" * 100]

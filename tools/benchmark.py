@@ -1,0 +1,46 @@
+"""Measure what this project promises about speed and memory, on this machine, next to a peer that does the same job.
+
+    python tools/benchmark.py convert --preset 2.6B --workdir /mnt/disk
+    python tools/benchmark.py convert --preset 350M --layers 4 --json
+
+prints a table, or with --json one object: `task`, `device`, `ours`, `peers`, `ratios`. A ratio above 1 means that this project is better.
+What is being done goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from benchmarks import convert
+from benchmarks.machine import describe
+from rich.console import Console
+
+from pangu.errors import exit_code
+
+TASKS = {"convert": convert}
+"""Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
+
+
+@exit_code
+def main() -> None:
+    """Parse the command line, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, task in TASKS.items():
+        summary, _, rest = (task.__doc__ or "").partition("\n")
+        own = tasks.add_parser(
+            name, help=summary, description=summary + rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        task.add_arguments(own)
+        own.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    arguments = parser.parse_args()
+    result = {"task": arguments.task, "device": describe(), **TASKS[arguments.task].measure(arguments)}
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        Console().print(TASKS[arguments.task].table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The machine in words, and what a program took of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pangu.errors import InputError
+
+
+def describe() -> str:
+    """Processor, cores this process may use, and memory."""
+    try:
+        models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        models = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{models[0] if models else 'CPU'}, {cores} cores, {memory / 2**30:.0f} GiB"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a program took from its start to its end."""
+
+    seconds: float
+    peak_bytes: int
+    """Most memory it had resident, pages of mapped files included: `VmHWM`, a mark that the kernel keeps."""
+    anonymous_bytes: int
+    """Most memory of its own, without pages of files, which the kernel may take back: the highest `RssAnon` that was seen."""
+    exit_code: int
+    errors: str
+    """Its standard error."""
+
+
+def watch(command: Sequence[object]) -> Usage:
+    """Run a program, given in words and paths, and look at its memory a hundred times a second.
+
+    `getrusage` is not asked: a child's `ru_maxrss` begins with what its parent had when it started it.
+
+    Raises:
+        InputError: where there is no /proc.
+    """
+    if not Path("/proc/self/status").is_file():
+        raise InputError("memory is measured with /proc, which this system has not. Run it on Linux.")
+    began = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak = anonymous = 0
+    try:
+        while process.returncode is None:
+            seen = memory(process.pid)
+            peak, anonymous = max(peak, seen.get("VmHWM", 0)), max(anonymous, seen.get("RssAnon", 0))
+            try:
+                process.wait(0.01)
+            except subprocess.TimeoutExpired:
+                continue
+        seconds = time.perf_counter() - began
+        assert process.stderr is not None
+        return Usage(seconds, peak, anonymous, process.returncode, process.stderr.read())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def memory(process: int | str = "self") -> dict[str, int]:
+    """The sizes in a process's /proc/PID/status by name, in bytes; none once it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    return {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)}

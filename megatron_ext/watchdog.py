@@ -43,7 +43,10 @@ Result = TypeVar("Result")
 
 
 class Watchdog:
-    """Watches this rank and the others from the moment it is entered; leaving it with an exception ends the process.
+    """Watches this rank and the others from the moment it is entered.
+
+    Leaving it with an exception ends the process, which would else wait for the others in some destructor. A process that works alone
+    leaves as usual.
 
     Args:
         meeting: where the ranks have met.
@@ -72,7 +75,7 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
-        if error is not None:
+        if error is not None and self._groups.world.size > 1:
             self._fail(error)
         # A thread that is still in torch's C++ when the interpreter ends aborts the process. So the listeners are called off.
         _within(_ANSWER_SECONDS, lambda: self._meeting.connect().set("alarm", json.dumps({"rank": self._meeting.rank, "over": True})))

@@ -20,7 +20,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as pangu.train does, to
 import torch
 from torch import Tensor
 
-import pangu.training.engine
 import pangu.training.loop
 from megatron_ext.topology import Group
 from pangu.train import main
@@ -60,14 +59,14 @@ def in_loader(step: int, action: Callable[[], None]) -> None:
 
 
 def in_collective(step: int, action: Callable[[Tensor, Group], None]) -> None:
-    original = pangu.training.engine.all_reduce
+    original = pangu.training.loop.all_reduce_max
 
-    def all_reduce(x: Tensor, group: Group) -> Tensor:
+    def all_reduce_max(x: Tensor, group: Group) -> Tensor:
         if STEP[0] == step:
             action(x, group)
         return original(x, group)
 
-    pangu.training.engine.all_reduce = all_reduce
+    pangu.training.loop.all_reduce_max = all_reduce_max
 
 
 def another_shape(x: Tensor, group: Group) -> None:

@@ -182,6 +182,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_initialized() else 1
 
 
+def ranks_of(handle: Any) -> tuple[int, ...]:
+    """Global ranks of a process group, whoever made it; None is the whole world."""
+    return tuple(dist.get_process_group_ranks(handle)) if handle is not None else tuple(range(world_size()))
+
+
 def barrier(group: Group) -> None:
     """Wait for every rank of the group."""
     if group.size > 1:

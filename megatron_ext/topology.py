@@ -7,6 +7,7 @@ where the paper has the pipeline: it is how DeepSpeed's `PipeModelDataParallelTo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +17,19 @@ if TYPE_CHECKING:
 
 
 class LayoutError(ValueError):
-    """A layout that cannot run: sizes that do not multiply or divide as they must."""
+    """A layout that cannot run: sizes that do not multiply or divide as they must, or ranks that do not come together."""
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """`rank 3`, or `ranks 0-3,5`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    numbers = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}"
 
 
 class Coordinates(NamedTuple):

@@ -222,6 +222,8 @@ class RunConfig(Section):
     """Steps between lines on the screen; metrics.jsonl gets every step."""
     tensorboard: bool = True
     """Write TensorBoard events where tensorboard is installed."""
+    hang_timeout: Annotated[float, Field(ge=0.0)] = 600.0
+    """Seconds that a step, a checkpoint or the start of all ranks may take; then the run ends and says which rank is late. 0 = no limit."""
     consistency_every: CountOrZero = 100
     """Steps between checks that what several ranks hold alike is equal; also at the start, before each checkpoint and after a bad step.
     0 = never."""

@@ -1,9 +1,11 @@
-"""Errors that are the user's to mend, and the one place that turns them into a line and exit code 2."""
+"""Errors that are the user's to mend, and the one place that turns errors into lines and exit codes."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 
@@ -11,6 +13,7 @@ from megatron_ext.topology import LayoutError
 
 MAX_LINE = 3000
 """Characters of a message, many more than any needs; names and values that it quotes from a file may be of any length."""
+_LAUNCHER_SECONDS = 3.0
 
 
 class InputError(ValueError):
@@ -18,6 +21,14 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What to print about an error, and the exit code: a line and 2 for refused input, the traceback and 1 for any other."""
+    if isinstance(error, (InputError, LayoutError)):
+        return f"error: {error}", 2
+    rank = f"rank {os.environ['RANK']} failed:\n" if "RANK" in os.environ else ""
+    return f"{rank}{''.join(traceback.format_exception(error)).rstrip()}", 1
 
 
 def one_line(text: str) -> str:
@@ -37,8 +48,10 @@ def exit_code(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except (InputError, LayoutError) as error:
-            where = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+                # All ranks are refused alike, as a rule. The first of each server says it, and the launcher ends the others meanwhile.
+                time.sleep(_LAUNCHER_SECONDS)
+            print(explain(error)[0], file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapped

@@ -45,6 +45,8 @@ def main() -> None:
         return
     # Refuse before the slow imports and before any process talks to another.
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    # torch logs each connection that a failed rank closes, with a page of C++ frames; we say which rank failed. Read at its import.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pangu.training.loop import run_training
 
     run_training(config)

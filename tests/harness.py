@@ -23,6 +23,7 @@ from typing import Any
 
 # One thread a rank: more ranks than cores with two threads each run ten times slower.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+ENVIRONMENT["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as pangu.train sets it, too late for the fork server
 PRELOAD = ["preload"]
 
 
@@ -44,7 +45,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         stacks = [Path(folder) / f"rank{rank}.txt" for rank in range(world_size)]
         processes, pipes = [], []
@@ -106,7 +107,7 @@ def _rank_main(function: Callable[..., Any], args: tuple[Any, ...], rank: int, w
         os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
@@ -19,6 +18,7 @@ from megatron_ext.context import Fill
 from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
+from megatron_ext.watchdog import Watchdog
 from pangu.config import Config, validate_layout
 from pangu.conversion.export import write_weights
 from pangu.conversion.formats import open_weights
@@ -26,7 +26,7 @@ from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
 from pangu.data.sampler import Sampler
-from pangu.errors import InputError
+from pangu.errors import InputError, explain
 from pangu.tokenizer import PanguTokenizer
 from pangu.training.anomalies import HISTORY, decide, fault_of, loss_limit
 from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint, verify
@@ -36,24 +36,9 @@ from pangu.training.metrics import Metrics
 from pangu.training.replicas import ReplicaCheck
 from pangu.training.report import flops_per_token, print_report
 from pangu.training.schedule import learning_rate
+from pangu.training.stopping import StopRequest
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
-
-
-class StopRequest:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave between two steps.
-
-    The same signal a second time acts at once; the other one does not, for launchers pass on an interrupt and then terminate.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
 
 
 def run_training(config: Config) -> None:
@@ -86,17 +71,31 @@ def run_training(config: Config) -> None:
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
     )
     initial_weights = _initial_weights(config)
-    accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
-    groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
-    with claim_directory(config, groups.world):
-        _run(config, groups, initial_weights, training, validation)
-    shutdown()
+    patience = config.run.hang_timeout
+    # The watchdog explains a hang better than a collective's own time-out, so that comes later.
+    timeout = max(COLLECTIVE_TIMEOUT_SECONDS, 2 * patience)
+    meeting = accelerator.initialize(timeout, join_seconds=patience or None)
+    names = Groups.describe(topology, meeting.rank)
+    with Watchdog(meeting, names, config.run.dir, patience, explain) as watchdog:
+        groups = Groups.create(topology, timeout)
+        with claim_directory(config, groups.world):
+            _run(config, groups, watchdog, initial_weights, training, validation)
+        shutdown()
 
 
-def _run(config: Config, groups: Groups, initial_weights: Fill, training: BlendedDataset, validation: BlendedDataset | None) -> None:
+def _run(
+    config: Config,
+    groups: Groups,
+    watchdog: Watchdog,
+    initial_weights: Fill,
+    training: BlendedDataset,
+    validation: BlendedDataset | None,
+) -> None:
     """Resume or start, train, and write the weights."""
     checkpoint = find_checkpoint(config, groups.world)
+    watchdog.beat(0, "building the model")
     engine = TrainingEngine(config, groups, initial_weights)
+    watchdog.beat(0, "loading the checkpoint")
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
     if groups.world.rank == 0:
         config.run.dir.mkdir(parents=True, exist_ok=True)
@@ -106,12 +105,14 @@ def _run(config: Config, groups: Groups, initial_weights: Fill, training: Blende
         start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
         metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
     try:
-        stopped_by = _train(config, engine, progress, checkpoint, training, validation, metrics)
+        stopped_by = _train(config, engine, progress, checkpoint, training, validation, metrics, watchdog)
         if stopped_by:
             if metrics:
                 metrics.say(f"{stopped_by}: saved at step {progress.step}; start the same command again to go on.")
         else:
-            parameters = ((spec, lambda p=parameter: engine.whole(p)) for spec, parameter in canonical_parameters(engine.module))
+            watchdog.beat(progress.step, "writing the weights")
+            named = watchdog.each(canonical_parameters(engine.module))
+            parameters = ((spec, lambda p=parameter: engine.whole(p)) for spec, parameter in named)
             weights = config.run.dir / "weights"
             write_weights(weights, config.model, groups, parameters, tokenizer=config.data.tokenizer)
             if metrics:
@@ -130,6 +131,7 @@ def _train(
     training: BlendedDataset,
     validation: BlendedDataset | None,
     metrics: Metrics | None,
+    watchdog: Watchdog,
 ) -> str | None:
     """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
     train, groups = config.train, engine.groups
@@ -148,10 +150,11 @@ def _train(
 
     compare_replicas()
     rollbacks = 0
-    batches = _batches(config, engine, training, progress.consumed_samples)
+    batches = watchdog.each(_batches(config, engine, training, progress.consumed_samples))
     peak = accelerator.peak_flops()
     tokens_per_step = train.global_batch_size * train.sequence_length
     while progress.step < train.steps:
+        watchdog.beat(progress.step + 1, "training")
         began = time.perf_counter()
         rate = learning_rate(config, progress.step)
         limit = loss_limit(progress.recent_losses, train.spike_factor)
@@ -187,11 +190,13 @@ def _train(
             )
         if decision == "rollback":
             assert checkpoint is not None
+            watchdog.beat(progress.step, "returning to a checkpoint")
             _roll_back(engine, progress, checkpoint)
             rollbacks += 1
             continue
         if validation is not None and train.eval_every and progress.step % train.eval_every == 0:
-            loss = engine.evaluate(_batches(config, engine, validation, 0), train.eval_batches)
+            watchdog.beat(progress.step, "evaluating")
+            loss = engine.evaluate(watchdog.each(_batches(config, engine, validation, 0)), train.eval_batches)
             if metrics:
                 perplexity = math.exp(min(loss, 700.0))
                 metrics.evaluation({"step": progress.step, "validation_loss": loss, "validation_perplexity": perplexity})
@@ -199,6 +204,7 @@ def _train(
         stopped_by = int(all_reduce_max(torch.tensor(stop.received), groups.world))
         due = config.checkpoint.save_every and progress.step % config.checkpoint.save_every == 0
         if due or stopped_by or progress.step == train.steps:
+            watchdog.beat(progress.step, "saving")
             compare_replicas()  # one that was corrupted must not push out good checkpoints
             saver.save(progress)
             checkpoint, rollbacks = config.checkpoint_dir / step_name(progress.step), 0

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from tiny_run import figures, values, write_recipe
 
 from pangu.conversion import huggingface
 from pangu.conversion.weights import Overrides
-from pangu.data.indexed import IndexedDatasetWriter
 from pangu.train import main as train_program
 
 BIN = Path(sys.executable).parent
@@ -30,36 +27,12 @@ TIMEOUT = 180
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny recipe over a data set of random documents."""
-    folder = tmp_path_factory.mktemp("recipe")
-    rng = np.random.default_rng(1)
-    with IndexedDatasetWriter(folder / "corpus", vocab_size=50, separator_id=9, tokenizer_sha256="0" * 64) as writer:
-        for length in rng.integers(5, 40, 200):
-            writer.add(np.append(rng.integers(10, 50, length - 1), 9).astype(np.uint16), np.array([length], np.int32))
-    values: dict[str, Any] = {
-        "model": {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "vocab_size": 50, "max_positions": 16},
-        "train": {"micro_batch_size": 2, "global_batch_size": 8, "steps": 6, "eval_every": 3, "eval_batches": 2},
-        "optimizer": {"lr": 1e-3},
-        "schedule": {"name": "cosine", "warmup_steps": 2, "min_lr": 1e-5},
-        "data": {"train": str(folder / "corpus"), "validation_fraction": 0.1},
-        "run": {"dir": str(folder / "run"), "tensorboard": False},
-    }
-    values["model"] |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 def launch(command: list[str], recipe: Path, run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     words = [*command, "--config", str(recipe), f"run.dir={run_dir}", *overrides]
     return subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"})
-
-
-def figures(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def values(run_dir: Path, key: str) -> list[float]:
-    return [line[key] for line in figures(run_dir) if key in line]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

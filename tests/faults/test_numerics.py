@@ -174,6 +174,13 @@ def test_no_fault_reaches_the_weights_under_other_settings(layout: str, tmp_path
     assert run_distributed(with_faults, world_size, parallel, section, recipe) == expected
 
 
+def outlive_a_refusal() -> None:
+    """A refusal would end this process, which is the test's. No rank need hear of another's, for all are refused."""
+    from megatron_ext import watchdog
+
+    watchdog._leave, watchdog._ANSWER_SECONDS = lambda code: None, 0.5  # type: ignore[assignment]
+
+
 def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, float]) -> tuple[list[dict[str, Any]], str]:
     """A whole training run; something is added to the losses of some batches on the last rank.
 
@@ -209,6 +216,7 @@ def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, 
 
     pangu.model.model.language_model_loss = pangu.model.pipeline.language_model_loss = spoilt
     error = ""
+    outlive_a_refusal()
     try:
         loop.run_training(config)
     except InputError as refused:
@@ -361,6 +369,7 @@ def run_with_a_corrupted_layer_norm(directory: str, sections: dict[str, dict[str
         return result
 
     TrainingEngine.train_step = corrupting  # type: ignore[method-assign]
+    outlive_a_refusal()
     with pytest.raises(InputError) as refused:
         loop.run_training(small_config(data={"train": [f"{directory}/corpus"]}, run={"dir": f"{directory}/run"}, **sections))
     return str(refused.value)

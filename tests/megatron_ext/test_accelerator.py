@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from harness import run_distributed
 
 from megatron_ext import accelerator
+from megatron_ext.topology import LayoutError
 
 
 class FakeAccelerator:
@@ -150,7 +153,11 @@ def test_the_device_is_set_before_the_backend_starts(
     monkeypatch.setattr(kind, "is_fp64_supported", lambda self: True)  # put back what `initialize` changes
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    accelerator.initialize(90.0)
+    store = object()
+    meeting = accelerator.Meeting(5, lambda: store, (("host", 1),) * 8, "rank 0")
+    monkeypatch.setattr(accelerator, "_meet", lambda seconds: meeting)
+    assert accelerator.initialize(90.0) == meeting
+    assert next(torch.distributed.rendezvous(started["init_method"])) == (store, 5, 8)  # what DeepSpeed will let torch begin with
     assert started["calls"] == [("set_device", 2)]
     assert (started["dist_backend"], started["timeout"]) == (backend, timedelta(seconds=90))
     assert fake.is_fp64_supported() is has_fp64  # HCCL sums no float64
@@ -162,3 +169,76 @@ def test_without_a_launcher_the_world_is_of_one(started: dict[str, Any]) -> None
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
     assert environment["MASTER_ADDR"] == "127.0.0.1" and 1024 <= int(environment["MASTER_PORT"]) < 65536
     assert started["dist_backend"] == "gloo"
+
+
+def start_again() -> tuple[bool, bool, int]:
+    """A second start that meets where the first did, as after a restart by torchrun; the first left its keys there."""
+    first = accelerator._meet(30.0)
+    all_are_in(first)
+    first.connect().set("address", "of the first start")
+    second = accelerator._meet(30.0)
+    assert [process for _, process in second.members][second.rank] == os.getpid()
+    seen = first.connect().check(["address"]), second.connect().check(["address"]), len(set(second.members))
+    all_are_in(second)
+    return seen
+
+
+def all_are_in(meeting: accelerator.Meeting) -> None:
+    """Rank 0 serves the store: here it must not go on, or end, while others still look into it."""
+    store = meeting.connect()
+    store.set(f"in {meeting.rank}", "")
+    store.wait([f"in {rank}" for rank in range(len(meeting.members))], timedelta(seconds=30))
+    time.sleep(0.5)
+
+
+def test_a_restart_reads_nothing_of_the_start_before() -> None:
+    assert run_distributed(start_again, 3) == [(True, False, 3)] * 3
+
+
+def meet_with_a_rank_of_another_run() -> str:
+    os.environ["RANK"] = str(min(int(os.environ["RANK"]), 1))  # the third process is a second rank 1
+    os.environ["WORLD_SIZE"] = "2"
+    try:
+        meeting = accelerator._meet(2.0)
+    except LayoutError as error:
+        return str(error)
+    time.sleep(4.0)  # rank 0 serves the store, as long as it holds the meeting
+    return f"met {len(meeting.members)}"
+
+
+def test_two_processes_of_one_rank_do_not_both_get_in() -> None:
+    first, *others = run_distributed(meet_with_a_rank_of_another_run, 3)
+    assert first == "met 2" and sorted(other == "met 2" for other in others) == [False, True]
+    assert "or another process is rank 1 too" in next(other for other in others if other != "met 2")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RANK": "2"}, "RANK=2 does not lie below WORLD_SIZE=2"),
+        ({"RANK": "1"}, "rank 1: nobody answers at MASTER_ADDR=127.0.0.1 MASTER_PORT=1 within 0 s"),
+    ],
+)
+def test_ranks_that_cannot_meet_say_why(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | environment).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(LayoutError, match=expected):
+        accelerator._meet(0.2)
+
+
+def lose_a_rank() -> bool | None:
+    accelerator.initialize(30)
+    if os.environ["RANK"] == "1":
+        torch.distributed.destroy_process_group()
+        return None
+    try:
+        torch.distributed.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        return accelerator.is_communication_error(error)
+    return None
+
+
+def test_a_lost_rank_is_told_from_an_error_of_our_own() -> None:
+    assert run_distributed(lose_a_rank, 2) == [True, None]
+    assert not accelerator.is_communication_error(RuntimeError("shapes do not match"))
+    assert not accelerator.is_communication_error(ValueError("Connection closed by peer"))

@@ -8,7 +8,7 @@ from harness import run_distributed
 
 from megatron_ext import accelerator
 from megatron_ext.collectives import all_gather_objects, all_reduce
-from megatron_ext.topology import SINGLE, Group, Groups, LayoutError, Topology
+from megatron_ext.topology import SINGLE, Group, Groups, LayoutError, Topology, ranks_in_words
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 4), (2, 3, 1), (2, 1, 4), (1, 3, 2), (2, 3, 4), (8, 4, 2), (3, 5, 7)]
 
@@ -109,3 +109,10 @@ def test_created_groups_are_the_described_ones_and_connect_their_members() -> No
             described = Groups.describe(Topology(tensor=tensor, pipeline=pipeline, data=data), rank)
             assert created == described
             assert reached == {axis: getattr(described, axis).ranks for axis in ("tensor", "pipeline", "data")}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"), [([3], "rank 3"), ([1, 0], "ranks 0,1"), ([0, 1, 2, 5], "ranks 0-2,5"), ([7, 3, 9, 8], "ranks 3,7-9")]
+)
+def test_ranks_in_words(ranks: list[int], words: str) -> None:
+    assert ranks_in_words(ranks) == words

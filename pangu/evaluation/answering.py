@@ -1,0 +1,127 @@
+"""Asks a model about examples: what it chooses, writes or finds likely, and whether that is right."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pangu.evaluation.examples import Example
+from pangu.evaluation.metrics import exact_match, f1, restore_punctuation, rouge_1
+from pangu.evaluation.prompts import PromptBuilder, Query
+from pangu.evaluation.scoring import Scorer
+from pangu.evaluation.tasks import Task
+from pangu.inference.generation import TextGenerator
+from pangu.segmentation import Segmenter
+
+Record = dict[str, Any]
+"""What becomes of one example; a line of the records' file."""
+
+PROMPTS_A_BATCH = 8
+
+
+class Answerer:
+    """Asks about examples of one task.
+
+    Args:
+        task: what is asked.
+        generator: the model and its tokenizer.
+        builder: makes the texts.
+        seed: of sampling; each example draws from its own stream.
+    """
+
+    def __init__(self, task: Task, generator: TextGenerator, builder: PromptBuilder, seed: int) -> None:
+        self.task, self.generator, self.builder, self.seed = task, generator, builder, seed
+        self.scorer = Scorer(generator.model, generator.tokenizer)
+        self.metrics = answer_metrics()
+
+    def answer(self, examples: Sequence[tuple[int, Example]]) -> list[Record]:
+        """The records of examples, each given with its number in the data."""
+        queries = [self.builder.build(example, number) for number, example in examples]
+        match self.task.kind:
+            case "choice":
+                bodies = self._choose(queries)
+            case "generate":
+                bodies = self._write([self.seed + number for number, _ in examples], queries)
+            case "perplexity":
+                bodies = self._measure(queries)
+        return [
+            {"number": number, "id": query.example.id, "subset": query.example.subset, "shots": query.shots, "cut": query.is_cut, **body}
+            for (number, _), query, body in zip(examples, queries, bodies, strict=True)
+        ]
+
+    def _choose(self, queries: Sequence[Query]) -> list[Record]:
+        """The choice with the lowest mean loss of a token; of equal ones the first in the order drawn."""
+        scores = iter(self.scorer.score([self.scorer.span(text.context, text.scored) for query in queries for text in query.texts]))
+        records = []
+        for query in queries:
+            losses = [next(scores).loss for _ in query.texts]
+            chosen = losses.index(min(losses))
+            labels = [choice.label for choice in query.example.choices]
+            records.append(
+                {
+                    "choices": labels,
+                    "losses": losses,
+                    "prediction": labels[chosen],
+                    "gold": labels[query.example.gold],
+                    "accuracy": float(chosen == query.example.gold),
+                }
+            )
+        return records
+
+    def _write(self, seeds: Sequence[int], queries: Sequence[Query]) -> list[Record]:
+        decoding = {**self.task.decoding, "max_new_tokens": max_new_tokens(self.task, self.generator.model.config.max_positions)}
+        newline = self.generator.tokenizer.encode("\n")[-1:]
+        stop_ids = {self.generator.model.config.separator_id, *newline}
+        # Of like length together: a batch is as long as its longest prompt.
+        order = sorted(range(len(queries)), key=lambda index: len(queries[index].texts[0].context))
+        texts = [""] * len(queries)
+        for begin in range(0, len(order), PROMPTS_A_BATCH):
+            batch = order[begin : begin + PROMPTS_A_BATCH]
+            prompts, own_seeds = [queries[index].texts[0].context for index in batch], [seeds[index] for index in batch]
+            for index, generation in zip(batch, self.generator.generate(prompts, seed=own_seeds, stop_ids=stop_ids, **decoding), strict=True):
+                texts[index] = restore_punctuation(generation.text.partition("\n")[0].strip())
+        return [
+            {"prediction": text, "answers": list(query.example.answers)}
+            | {name: self.metrics[name](query.example.answers, text) for name in self.task.metrics}
+            for query, text in zip(queries, texts, strict=True)
+        ]
+
+    def _measure(self, queries: Sequence[Query]) -> list[Record]:
+        texts = [query.texts[0] for query in queries]
+        scores = self.scorer.score([self.scorer.span(text.context, text.scored) for text in texts])
+        return [
+            {
+                "log_likelihood": score.log_likelihood,
+                "tokens": score.num_tokens,
+                "characters": len(text.scored),
+                "bytes": len(text.scored.encode()),
+                "greedy": score.is_greedy,
+            }
+            for text, score in zip(texts, scores, strict=True)
+        ]
+
+
+def max_new_tokens(task: Task, max_positions: int) -> int:
+    """Tokens an answer may have: half of a small window at most, so that something can be asked."""
+    return min(int(task.decoding.get("max_new_tokens", 0)), max_positions // 2)
+
+
+def answer_metrics() -> dict[str, Callable[[Sequence[str], str], float]]:
+    """How a written answer is compared, by the names in tasks.yaml."""
+    segmenter = Segmenter()
+
+    def first_word(answers: Sequence[str], prediction: str) -> float:
+        return float(_folded(next(iter(segmenter.cut(prediction)), "")) in map(_folded, answers))
+
+    return {"em": exact_match, "f1": f1, "rouge1": rouge_1, "accuracy": begins_with, "accuracy_first_word": first_word}
+
+
+def begins_with(answers: Sequence[str], prediction: str) -> float:
+    """1 if the prediction begins with an answer: of a text that goes on after the word asked for, nothing says where the word ends."""
+    return float(_folded(prediction).startswith(tuple(map(_folded, answers))))
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).strip().lower()

@@ -1,0 +1,118 @@
+"""Runs a task: examples in, one record an example out, the same whatever the number of processes.
+
+Records go to a JSONL file as they come, under a first line that says what they are records of. A run that was killed goes on after the
+last whole line; a file of another run is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_ext.collectives import all_gather_objects, broadcast_object
+from megatron_ext.topology import Groups
+from pangu.errors import InputError
+from pangu.evaluation.answering import Record
+from pangu.evaluation.examples import Example
+from pangu.files import write_durably
+
+EXAMPLES_A_ROUND = 32
+"""That each copy of the model works on between two writes: what a kill costs at most, and what batches are chosen from."""
+
+
+def evaluation_order(count: int, seed: int, limit: int | None) -> list[int]:
+    """Which examples are evaluated, in which order: all shuffled by the seed, the first `limit` of them.
+
+    So a limited run sees a fair sample, and a longer one with the same seed goes on from it.
+    """
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order[:limit]
+
+
+def run(
+    answer: Callable[[Sequence[tuple[int, Example]]], list[Record]],
+    examples: Sequence[Example],
+    order: Sequence[int],
+    groups: Groups,
+    path: Path,
+    header: Record,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Record]:
+    """Evaluate the examples of `order` that have no record in `path` yet.
+
+    Args:
+        answer: `Answerer.answer` of this rank.
+        examples: all of the data.
+        order: numbers of examples.
+        groups: a round is cut into one stretch a data-parallel rank; the first rank of all writes.
+        path: the records' file.
+        header: its first line: everything that the records depend on.
+        advance: called with the number of records that were found or made.
+
+    Returns:
+        The records of `order`, on every rank.
+
+    Raises:
+        InputError: if the file is of another run or cannot be written.
+    """
+    first = groups.world.rank == 0
+    records: list[Record] = broadcast_object(_resume(path, header, order) if first else None, groups.world)
+    advance(len(records))
+    copies, tensor = groups.data.size, groups.tensor.size
+    while len(records) < len(order):
+        begin = len(records)
+        numbers = order[begin : begin + EXAMPLES_A_ROUND * copies]
+        share = -(-len(numbers) // copies)
+        mine = numbers[groups.data.rank * share : (groups.data.rank + 1) * share]
+        gathered = all_gather_objects(answer([(number, examples[number]) for number in mine]), groups.world)
+        new = [record for of_copy in gathered[::tensor] for record in of_copy]  # the ranks of a tensor group have the same
+        if first:
+            _append(path, new)
+        records += new
+        advance(len(new))
+    return records
+
+
+def _resume(path: Path, header: Record, order: Sequence[int]) -> list[Record]:
+    """The records that a killed run has left, the file cut to them; makes the file where there is none."""
+    head = json.dumps(header, ensure_ascii=False, sort_keys=True)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []  # the last is not whole
+        records: list[Record] = []
+        if lines:
+            if lines[0] != head:
+                raise InputError(f"{path}: holds the records of another run ({_difference(lines[0], header)}). Name another --output, or remove it.")
+            for line, number in zip(lines[1:], order, strict=False):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if record.get("number") != number:
+                    break
+                records.append(record)
+        if len(records) < len(order):
+            write_durably(path, "".join(f"{line}\n" for line in [head, *lines[1 : 1 + len(records)]]))
+        return records
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Name another --output.") from None
+
+
+def _append(path: Path, records: Sequence[Record]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Make room and start again: it goes on where it was.") from None
+
+
+def _difference(line: str, header: Record) -> str:
+    """What of a header differs, in words."""
+    try:
+        found = json.loads(line)
+        key = next(key for key in {**header, **found} if found.get(key) != header.get(key))
+        return f"{key} = {found.get(key)!r}, now {header.get(key)!r}"
+    except (ValueError, StopIteration, AttributeError):
+        return "its first line is no header"

@@ -1,0 +1,175 @@
+"""How likely a model finds a text: the one code path behind perplexity choice, cloze and the perplexity of a corpus.
+
+    scorer = Scorer(model, tokenizer)
+    [score] = scorer.score([scorer.span("四川的省会是", "成都")])
+    score.log_likelihood, score.num_tokens
+
+Where the scored part begins is decided before the text becomes tokens: context and continuation are encoded apart, which puts a word
+boundary between them. Encoding the whole text and counting off the context's tokens would score the wrong ones, for jieba cuts across the
+boundary (中国人|民 is 中国|人民) and the context's tokens are then no prefix of the whole's. Apart is also how a generated text comes
+about, whose prompt is encoded alone.
+
+Shapes: B rows, S columns, H hidden, N scored tokens, V vocabulary, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ext.collectives import all_gather
+from megatron_ext.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.layers import mask_padded_ids
+from pangu.model.model import PanguModel
+
+BATCH_TOKENS = 8192
+"""Of a batch, padding included, where a single text is not longer. Bounds the memory of activations."""
+CHUNK_TOKENS = 1024
+"""Whose logits are computed at once: 160 MB in fp32 with 40,000 ids."""
+
+
+class Encoder(Protocol):
+    """What is asked of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens, and from where on they are scored."""
+
+    ids: Sequence[int]
+    start: int
+    """Index of the first scored token, 1 or more: each token is scored given all before it, as far as the window reaches."""
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.start <= len(self.ids), "a first token is given, never scored"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model gives to the scored tokens of a span."""
+
+    log_likelihood: float
+    """Sum over the tokens, in nats; 0 for none."""
+    num_tokens: int
+    is_greedy: bool
+    """Whether each token is the likeliest at its place."""
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a token; infinite where there is none, so that an empty text is never the likeliest."""
+        return -self.log_likelihood / self.num_tokens if self.num_tokens else float("inf")
+
+
+class Window(NamedTuple):
+    """What one pass of the model sees and scores of a span, as indices of its tokens."""
+
+    begin: int
+    """First token seen."""
+    first: int
+    """First token scored."""
+    end: int
+    """One past the last token scored. The model sees the tokens before `end - 1`, and that one."""
+
+
+def windows(length: int, start: int, max_positions: int) -> Iterator[Window]:
+    """Cut a span of `length` tokens, scored from `start`, into passes of at most `max_positions` inputs; each token is scored once.
+
+    A pass scores as much as fits and reaches back as far as it can. After the first, each goes on by half a window, so that every token
+    sees at least that much: disjoint windows would judge their first tokens without context.
+    """
+    stride = max(1, max_positions // 2)
+    first = start
+    while first < length:
+        end = min(length, max(max_positions + 1, first + stride))
+        yield Window(max(0, end - 1 - max_positions), first, end)
+        first = end
+
+
+class Scorer:
+    """Scores spans in batches of similar length.
+
+    Args:
+        model: the whole model, or this rank's slice of it, in evaluation mode. The ranks of a tensor-parallel group must be given the same
+            spans, and all get the same scores.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, model: PanguModel, tokenizer: Encoder) -> None:
+        assert not model.context.sequence_parallel, "spans of any length cannot be split along the sequence"
+        self.model, self.tokenizer = model, tokenizer
+
+    def span(self, context: str, continuation: str) -> Span:
+        """The continuation, to be scored given the context. Without context it begins a document, given the separator."""
+        given = self.tokenizer.encode(context) or [self.model.config.separator_id]
+        return Span(given + self.tokenizer.encode(continuation), len(given))
+
+    @torch.inference_mode()
+    def score(self, spans: Sequence[Span], advance: Callable[[int], None] = lambda tokens: None) -> list[Score]:
+        """Score each span.
+
+        Args:
+            spans: of any length; one longer than the model's window is scored in several (`windows`).
+            advance: called after each batch with the number of tokens it scored.
+
+        Returns:
+            One score a span, in order. A span's score does not depend on those beside it, but for rounding.
+        """
+        window = self.model.config.max_positions
+        passes = [(index, piece) for index, span in enumerate(spans) for piece in windows(len(span.ids), span.start, window)]
+        # Longest first: what does not fit into memory fails at once.
+        passes.sort(key=lambda item: item[1].begin - item[1].end)
+        sums, greedy = [0.0] * len(spans), [True] * len(spans)
+        for batch in _batches(passes):
+            rows = [(spans[index].ids[piece.begin : piece.end], piece.first - piece.begin) for index, piece in batch]
+            for (index, _), (log_likelihood, is_greedy) in zip(batch, self._score_batch(rows), strict=True):
+                sums[index] += log_likelihood
+                greedy[index] &= is_greedy
+            advance(sum(piece.end - piece.first for _, piece in batch))
+        return [Score(sums[index], len(span.ids) - span.start, greedy[index]) for index, span in enumerate(spans)]
+
+    def _score_batch(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """Log-likelihood and greediness of each row (ids, index of the first scored one)."""
+        device, longest = self.model.wte.weight.device, max(len(ids) for ids, _ in rows) - 1
+        # What follows a token does not reach it, so rows are padded on the right without a mask.
+        tokens_BS = torch.tensor([[*ids[:-1], *[0] * (longest + 1 - len(ids))] for ids, _ in rows], device=device)
+        position_ids_BS = torch.arange(longest, device=device).expand_as(tokens_BS)
+        hidden_BSH = self.model.hidden(tokens_BS, position_ids_BS)
+        scored_NH = torch.cat([hidden_BSH[row, first - 1 : len(ids) - 1] for row, (ids, first) in enumerate(rows)])
+        labels_N = torch.tensor([token_id for ids, first in rows for token_id in ids[first:]], device=device)
+        losses, hits = [], []
+        for some_NH, some_N in zip(scored_NH.split(CHUNK_TOKENS), labels_N.split(CHUNK_TOKENS), strict=True):
+            loss_N, best_N = self._losses(some_NH, some_N)
+            losses.append(loss_N)
+            hits.append(best_N == some_N)
+        counts = [len(ids) - first for ids, first in rows]
+        by_row = torch.cat(losses).double().cpu().split(counts), torch.cat(hits).cpu().split(counts)
+        return [(-float(loss.sum()), bool(hit.all())) for loss, hit in zip(*by_row, strict=True)]
+
+    def _losses(self, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of each label [N] and the likeliest id [N], equal on all ranks of the tensor-parallel group."""
+        group, vocab_size = self.model.context.tensor, self.model.config.vocab_size
+        logits_1NV = self.model.wte.logits(hidden_NH.unsqueeze(0))
+        loss_N = vocab_parallel_cross_entropy(logits_1NV, labels_N.unsqueeze(0), vocab_size=vocab_size, group=group).squeeze(0)
+        first_id = group.rank * logits_1NV.shape[-1]
+        best = mask_padded_ids(logits_1NV.float(), first_id, vocab_size).squeeze(0).max(dim=-1)
+        best_TN = all_gather(best.values.unsqueeze(0), group, dim=0)
+        ids_TN = all_gather(best.indices.unsqueeze(0) + first_id, group, dim=0)
+        return loss_N, ids_TN.gather(0, best_TN.argmax(dim=0, keepdim=True)).squeeze(0)
+
+
+def _batches(passes: Sequence[tuple[int, Window]]) -> Iterator[Sequence[tuple[int, Window]]]:
+    """Cut passes, longest first, into batches of `BATCH_TOKENS` at most, padding included."""
+    begin = 0
+    while begin < len(passes):
+        _, longest = passes[begin]
+        end = begin + max(1, BATCH_TOKENS // (longest.end - longest.begin))
+        yield passes[begin:end]
+        begin = end

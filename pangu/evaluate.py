@@ -69,7 +69,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     examples = read_examples(task, files.evaluate)  # refused before the weights are read, which may take minutes
     train = read_examples(task, files.train) if arguments.shots and task.kind != "perplexity" else []
     if arguments.shots and not train:
-        raise InputError(f"--shots {arguments.shots}: {task.name} has no training examples in {arguments.data}. Put them there, or leave it out.")
+        raise InputError(
+            f"--shots {arguments.shots}: {task.name} has no training examples in {arguments.data}. Put them there, or leave it out."
+        )
     with redirect_stdout(sys.stderr):  # whatever a library announces while it starts
         loaded = load(arguments.model, arguments.tensor_parallel)
     generator, config = loaded.generator, loaded.generator.model.config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pangu.evaluation.examples import Example
@@ -80,7 +79,9 @@ class Answerer:
         for begin in range(0, len(order), PROMPTS_A_BATCH):
             batch = order[begin : begin + PROMPTS_A_BATCH]
             prompts, own_seeds = [queries[index].texts[0].context for index in batch], [seeds[index] for index in batch]
-            for index, generation in zip(batch, self.generator.generate(prompts, seed=own_seeds, stop_ids=stop_ids, **decoding), strict=True):
+            for index, generation in zip(
+                batch, self.generator.generate(prompts, seed=own_seeds, stop_ids=stop_ids, **decoding), strict=True
+            ):
                 texts[index] = restore_punctuation(generation.text.partition("\n")[0].strip())
         return [
             {"prediction": text, "answers": list(query.example.answers)}

@@ -70,7 +70,9 @@ def exact_match(answers: Sequence[str], prediction: str) -> float:
 def f1(answers: Sequence[str], prediction: str) -> float:
     """Harmonic mean of the longest common substring's share in the prediction and in the answer; the best of all answers."""
     predicted = segments(prediction)
-    return max((_harmonic(_longest_common(own := segments(answer), predicted), len(predicted), len(own)) for answer in answers), default=0.0)
+    return max(
+        (_harmonic(_longest_common(own := segments(answer), predicted), len(predicted), len(own)) for answer in answers), default=0.0
+    )
 
 
 def rouge_1(answers: Sequence[str], prediction: str) -> float:

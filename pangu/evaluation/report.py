@@ -87,11 +87,20 @@ def _perplexities(task: Task, records: Sequence[Record], seed: int, vocab_size: 
     for column, key in enumerate(keys, 1):
         uniform = math.exp(math.log(vocab_size) * totals[1] / totals[column]) if totals[column] else math.inf
         value = math.exp(-totals[0] / totals[column]) if totals[column] else math.inf
-        rows.append({"metric": f"perplexity per {key[:-1]}", "value": value, "interval": bootstrap(samples, of(column), seed), "random": uniform})
+        rows.append(
+            {"metric": f"perplexity per {key[:-1]}", "value": value, "interval": bootstrap(samples, of(column), seed), "random": uniform}
+        )
     if task.name != "perplexity":
         words = [[row[0], 1.0] for row in samples]
         uniform = math.exp(math.log(vocab_size) * totals[1] / len(records))
-        rows.append({"metric": "perplexity per word", "value": math.exp(-totals[0] / len(records)), "interval": bootstrap(words, of(1), seed), "random": uniform})
+        rows.append(
+            {
+                "metric": "perplexity per word",
+                "value": math.exp(-totals[0] / len(records)),
+                "interval": bootstrap(words, of(1), seed),
+                "random": uniform,
+            }
+        )
         hits = sum(record["greedy"] for record in records)
         rows.append({"metric": "accuracy", "value": hits / len(records), "interval": wilson(hits, len(records)), "random": 0.0})
     return [{**row, "majority": None} for row in rows]
@@ -105,7 +114,9 @@ def markdown(task: Task, results: dict[str, Any]) -> str:
         show = _perplexity if "perplexity" in row["metric"] else _percent
         cells = [show(value) for value in (row["value"], row["random"], row["majority"])]
         low, high = map(show, row["interval"])
-        lines.append(f"| {row['metric']} | {row['subset'] or 'all'} | {cells[0]} | {low} to {high} | {cells[1]} | {cells[2]} | {row['examples']} |")
+        lines.append(
+            f"| {row['metric']} | {row['subset'] or 'all'} | {cells[0]} | {low} to {high} | {cells[1]} | {cells[2]} | {row['examples']} |"
+        )
     if task.paper:
         paper = task.paper
         lines += ["", f"The paper (arXiv 2104.12369, Table 10; {paper['metric']}, shots {paper['shots']}):", ""]

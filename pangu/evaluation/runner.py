@@ -84,7 +84,9 @@ def _resume(path: Path, header: Record, order: Sequence[int]) -> list[Record]:
         records: list[Record] = []
         if lines:
             if lines[0] != head:
-                raise InputError(f"{path}: holds the records of another run ({_difference(lines[0], header)}). Name another --output, or remove it.")
+                raise InputError(
+                    f"{path}: holds the records of another run ({_difference(lines[0], header)}). Name another --output, or remove it."
+                )
             for line, number in zip(lines[1:], order, strict=False):
                 try:
                     record = json.loads(line)

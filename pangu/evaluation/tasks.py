@@ -66,5 +66,7 @@ def find_files(task: Task, data: Path) -> Files:
         there = {part: paths[:1] for part, paths in there.items()}
     evaluate = there["evaluate"] if data.is_dir() else [data]
     if not evaluate:
-        raise InputError(f"{data}: none of {', '.join(task.files['evaluate']) or 'its files'} is in it. Name the file to evaluate with --data.")
+        raise InputError(
+            f"{data}: none of {', '.join(task.files['evaluate']) or 'its files'} is in it. Name the file to evaluate with --data."
+        )
     return Files(evaluate, [path for path in there["train"] if path not in evaluate])

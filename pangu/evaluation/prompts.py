@@ -114,11 +114,16 @@ class PromptBuilder:
             kept = whole[len(whole) - length :] if self.task.keep == "end" else whole[:length]
             return replace(example, fields={**example.fields, name: kept})
 
-        low, high = 0, len(whole)  # `low` characters fit, or nothing does; `high` do not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(keeping(middle)) else (low, middle)
-        return keeping(low)
+        return keeping(most_that_fits(len(whole), lambda length: fits(keeping(length))))
+
+
+def most_that_fits(whole: int, fits: Callable[[int], bool]) -> int:
+    """The largest number below `whole` that fits, where all smaller ones do too; 0 if none."""
+    low, high = 0, whole
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def offer(task: Task, example: Example, rng: random.Random) -> Example:

@@ -41,11 +41,11 @@ def _means(task: Task, records: Sequence[Record], seed: int) -> list[dict[str, A
         values = [record[metric] for record in records]
         is_share = set(values) <= {0.0, 1.0}
         interval = wilson(sum(values), len(values)) if is_share else bootstrap([[v] for v in values], lambda means: means[:, 0], seed)
-        rows.append({"metric": metric, "value": sum(values) / len(values), "interval": interval, **guessed[metric]})
+        rows.append({"metric": metric, "value": _mean(values), "interval": interval, **guessed[metric]})
     return rows
 
 
-def _guess_choices(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+def _guess_choices(records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
     """Guessing among what was offered: blindly; or the label that is right most often in these very examples."""
     common = Counter(record["gold"] for record in records)
     hits = []
@@ -54,24 +54,30 @@ def _guess_choices(records: Sequence[Record]) -> dict[str, dict[str, float]]:
         best = [label for label in record["choices"] if common[label] == most]
         hits.append((record["gold"] in best) / len(best))
     blind = [1 / len(record["choices"]) for record in records]
-    return {"accuracy": {"random": sum(blind) / len(blind), "majority": sum(hits) / len(hits)}}
+    return {"accuracy": {"random": _mean(blind), "majority": _mean(hits)}}
 
 
-def _guess_answers(task: Task, records: Sequence[Record], seed: int) -> dict[str, dict[str, float]]:
+def _guess_answers(task: Task, records: Sequence[Record], seed: int) -> dict[str, dict[str, float | None]]:
     """Guessing texts: the answer to another of these questions; or the one that answers most of them."""
     metrics = answer_metrics()
     answers = [record["answers"] for record in records]
     [(frequent, _)] = Counter(answer for of_one in answers for answer in set(of_one)).most_common(1)
-    shuffled = list(range(len(records)))
-    random.Random(seed).shuffle(shuffled)
-    other = {index: shuffled[(place + 1) % len(shuffled)] for place, index in enumerate(shuffled)}
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    others = [answers[number][0] for number in order[1:] + order[:1]]
     return {
         name: {
-            "random": sum(metrics[name](own, answers[other[index]][0]) for index, own in enumerate(answers)) / len(answers),
-            "majority": sum(metrics[name](own, frequent) for own in answers) / len(answers),
+            "random": _mean([metrics[name](answers[number], other) for number, other in zip(order, others, strict=True)])
+            if len(order) > 1
+            else None,
+            "majority": _mean([metrics[name](own, frequent) for own in answers]),
         }
         for name in task.metrics
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _perplexities(task: Task, records: Sequence[Record], seed: int, vocab_size: int) -> list[dict[str, Any]]:

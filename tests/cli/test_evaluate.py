@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 from evaluation_model import DATA, TASKS, write_evaluation_model
 from harness import run_distributed
-from small_model import sharp_weights
 
 from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import random_weights
@@ -133,8 +131,24 @@ def test_another_runs_records_are_refused(weights: Path, tmp_path: Path) -> None
 
 CITIES = dict(
     pair.split()
-    for pair in "四川 成都;湖北 武汉;湖南 长沙;江苏 南京;浙江 杭州;安徽 合肥;福建 福州;江西 南昌;山东 济南;河南 郑州;广东 广州;云南 昆明".split(";")
+    for pair in [
+        "四川 成都",
+        "湖北 武汉",
+        "湖南 长沙",
+        "江苏 南京",
+        "浙江 杭州",
+        "安徽 合肥",
+        "福建 福州",
+        "江西 南昌",
+        "山东 济南",
+        "河南 郑州",
+        "广东 广州",
+        "云南 昆明",
+    ]
 )
+
+
+STEPS = 150
 
 
 def write_trained_model(folder: Path) -> Path:
@@ -142,14 +156,17 @@ def write_trained_model(folder: Path) -> Path:
     sentences = [f"{province}的省会是{city}。" for province, city in CITIES.items()]
     (folder / "corpus.txt").write_text("\n".join(sentences), "utf-8")
     tokenizer = train_tokenizer([folder / "corpus.txt"], 50, folder / "tokenizer")
-    config = ModelConfig(num_layers=3, hidden_size=48, num_heads=4, vocab_size=50, max_positions=64)
+    config = ModelConfig(
+        num_layers=3, hidden_size=48, num_heads=4, vocab_size=50, max_positions=64, hidden_dropout=0.0, attention_dropout=0.0
+    )
     model = PanguModel(config, ParallelContext(fill=random_weights(1))).train()
-    rows = [[config.separator_id, *tokenizer.encode(sentence)] for sentence in sentences]
+    # A text with its separator in front, and one that is a prompt, which has none: so small a model knows a text by its place.
+    rows = [[*front, *tokenizer.encode(sentence)] for sentence in sentences for front in ([config.separator_id], [])]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [config.pad_id] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1.0] * (len(row) - 1) + [0.0] * (longest - len(row)) for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(STEPS):
         loss = model(ids[:, :-1], torch.arange(longest - 1).expand(len(rows), -1), ids[:, 1:], mask)
         optimizer.zero_grad()
         loss.backward()
@@ -160,7 +177,7 @@ def write_trained_model(folder: Path) -> Path:
     return folder / "weights"
 
 
-def test_a_model_scores_far_above_chance_on_what_it_was_trained_on(tmp_path: Path, weights: Path) -> None:
+def test_a_model_scores_far_above_chance_on_what_it_was_trained_on(tmp_path: Path) -> None:
     model = write_trained_model(tmp_path)
     idioms = list(CITIES.values())[:10]
     known = [(province, city) for province, city in CITIES.items() if city in idioms]
@@ -173,9 +190,6 @@ def test_a_model_scores_far_above_chance_on_what_it_was_trained_on(tmp_path: Pat
         assert run("--model", model, "--task", "chid", "--data", tmp_path, "--score", score, "--output", output)[0] == 0
         [row] = json.loads(output.read_text("utf-8"))["figures"]
         assert row["value"] >= 0.9 and row["interval"][0] > 4 * row["random"] and row["majority"] <= 0.2
-    (tmp_path / "me_test.ann.json").write_text(
-        json.dumps({p: {"question": f"{p}的省会是", "evidences": {"e": {"answer": [c]}}} for p, c in known}), "utf-8"
-    )
     (tmp_path / "text.txt").write_text("\n\n".join(f"{province}的省会是{city}。" for province, city in known), "utf-8")
     assert run("--model", model, "--task", "perplexity", "--data", tmp_path / "text.txt", "--output", tmp_path / "p.json")[0] == 0
     row = json.loads((tmp_path / "p.json").read_text("utf-8"))["figures"][0]

@@ -132,7 +132,21 @@ def official_rouge(answers: list[str], prediction: str) -> float:
     return best
 
 
-ATOMS = [*"甲乙丙丁戊成都四川", *"，。！？《》“”（）、·…—-:_/", "iPhone", " 6S ", "U.S.A. ", "Wi-Fi", " 3.14 ", "1,000 km", "don't", " ", "", "Ａ", "，，"]
+ATOMS = [
+    *"甲乙丙丁戊成都四川",
+    *"，。！？《》“”（）、·…—-:_/",
+    "iPhone",
+    " 6S ",
+    "U.S.A. ",
+    "Wi-Fi",
+    " 3.14 ",
+    "1,000 km",
+    "don't",
+    " ",
+    "",
+    "Ａ",
+    "，，",
+]
 
 
 def crafted() -> list[tuple[list[str], str]]:

@@ -99,7 +99,9 @@ def test_accuracy_stands_beside_what_guessing_gets() -> None:
 
 
 def test_subsets_are_told_apart() -> None:
-    rows = figures(load_tasks()["c3"], [choice("0", True, subset="d"), choice("0", False, subset="m"), choice("1", False, subset="m")], 1, 100)
+    rows = figures(
+        load_tasks()["c3"], [choice("0", True, subset="d"), choice("0", False, subset="m"), choice("1", False, subset="m")], 1, 100
+    )
     assert [(row["subset"], row["value"], row["examples"]) for row in rows] == [("", pytest.approx(1 / 3), 3), ("d", 1.0, 1), ("m", 0.0, 2)]
 
 

@@ -94,7 +94,14 @@ def test_nothing_is_never_the_likeliest() -> None:
     assert scorer.score([]) == []
 
 
-PAIRS = [("中国人", "民很勤劳"), ("四川的省会是", "成都"), ("他研究生", "命科学"), ("北京大", "学生会"), ("南京市长", "江大桥"), ("你好，", "世界")]
+PAIRS = [
+    ("中国人", "民很勤劳"),
+    ("四川的省会是", "成都"),
+    ("他研究生", "命科学"),
+    ("北京大", "学生会"),
+    ("南京市长", "江大桥"),
+    ("你好，", "世界"),
+]
 
 
 def test_the_scored_tokens_are_those_of_the_continuation(shared: Path) -> None:

@@ -48,10 +48,11 @@ def commands(page: str) -> list[list[str]]:
 # Each documented command once, with the page it stands on.
 COMMANDS = {shlex.join(words): (page, words) for page in PAGES for words in commands(page)}
 TRAINING = {line: words for line, (_, words) in COMMANDS.items() if "pangu.train" in words}
+MODULES = ("pangu.generate", "pangu.evaluate")
 PROGRAMS = {
     line: words
     for line, (_, words) in COMMANDS.items()
-    if "pangu.generate" in words or any(word.startswith("tools/") for word in words[:2])
+    if set(MODULES) & set(words) or any(word.startswith("tools/") for word in words[:2])
 }
 
 
@@ -102,9 +103,9 @@ def test_command_lines_of_other_programs_parse(line: str, monkeypatch: pytest.Mo
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    if "pangu.generate" in words:
-        monkeypatch.setattr(sys, "argv", words[words.index("pangu.generate") :])
-        program = importlib.import_module("pangu.generate").main
+    if modules := [word for word in words if word in MODULES]:
+        monkeypatch.setattr(sys, "argv", words[words.index(modules[0]) :])
+        program = importlib.import_module(modules[0]).main
     else:
         monkeypatch.setattr(sys, "argv", words[1:])
         program = runpy.run_path(words[1])["main"]

@@ -123,3 +123,17 @@ def test_a_pronoun_at_the_end_is_scored_with_its_text() -> None:
     ending = type(example)("0", {"before": "那是", "after": ""}, example.choices, 0)
     query = PromptBuilder(task, [], 0, "suffix", 1, len, 100).build(ending, 0)
     assert sorted((text.context, text.scored) for text in query.texts) == [("", "那是她"), ("", "那是林秋")]
+
+
+def test_the_document_says_what_is_done() -> None:
+    page = (DATA.parents[1] / "docs/evaluation.md").read_text("utf-8")
+    rows = {name: row for row in page.splitlines() if row.startswith("| ") and (name := row.split(" | ")[0][2:]) in LOADED}
+    assert len(rows) == 17
+    for name, row in rows.items():
+        task = LOADED[name]
+        assert task.paper
+        text = task.prompt if task.kind == "generate" else f"{task.context}▸{task.scored}"
+        settings = [f"{key} {value}" for key, value in task.decoding.items() if key != "max_new_tokens"]
+        files = [file for part in ("evaluate", "train") for file in task.files[part]]
+        for part in ("`" + text.replace("\n", "\\n") + "`", *settings, *files, *task.paper["zero"], *task.paper["few"]):
+            assert part in row, (name, part)

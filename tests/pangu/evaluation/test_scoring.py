@@ -117,15 +117,27 @@ def test_the_scored_tokens_are_those_of_the_continuation(shared: Path) -> None:
     assert shifted >= 3
 
 
+@torch.inference_mode()
+def likeliest() -> list[Span]:
+    """Texts that end in the likeliest token, which is one of all ranks'."""
+    model, found = small_model(), []
+    for length in range(1, WINDOW):
+        ids = [(7 * place) % VOCAB for place in range(length)]
+        best = model.logits(torch.tensor([ids]), torch.arange(length).unsqueeze(0))[0, -1, :VOCAB].argmax()
+        found.append(Span([*ids, int(best)], length))
+    return found
+
+
 def on_a_rank(size: int) -> list[Score]:
     accelerator.initialize(60)
     groups = Groups.create(Topology.from_world_size(size, tensor=size, pipeline=1))
-    return Scorer(small_model(groups.tensor), NumberTokenizer()).score(spans())
+    return Scorer(small_model(groups.tensor), NumberTokenizer()).score([*spans(), *likeliest()])
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_scores_are_the_same_on_all_ranks(size: int) -> None:
-    expected = Scorer(small_model(), NumberTokenizer()).score(spans())
+    expected = Scorer(small_model(), NumberTokenizer()).score([*spans(), *likeliest()])
+    assert len({4 * span.ids[-1] // VOCAB for span in likeliest()}) > 2 and all(score.is_greedy for score in expected[len(spans()) :])
     results = run_distributed(on_a_rank, size, size)
     for scores in results:
         assert scores == results[0]

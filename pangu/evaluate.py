@@ -55,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     from megatron_ext.collectives import shutdown, world_rank
     from pangu.evaluation.answering import Answerer, max_new_tokens
-    from pangu.evaluation.loading import load
+    from pangu.evaluation.loading import fingerprint, load
     from pangu.evaluation.progress import progress_bar
     from pangu.evaluation.prompts import PromptBuilder
     from pangu.evaluation.readers import read_examples
@@ -87,6 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings: dict[str, Any] = {
         "task": task.name,
         "model": str(arguments.model.resolve()),
+        "weights": fingerprint(arguments.model),
         "tokenizer": generator.tokenizer.sha256,
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in [*files.evaluate, *(files.train if train else [])]},
         "shots": arguments.shots,

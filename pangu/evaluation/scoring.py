@@ -150,7 +150,7 @@ class Scorer:
             losses.append(loss_N)
             hits.append(best_N == some_N)
         counts = [len(ids) - first for ids, first in rows]
-        by_row = torch.cat(losses).double().cpu().split(counts), torch.cat(hits).cpu().split(counts)
+        by_row = torch.cat(losses).cpu().double().split(counts), torch.cat(hits).cpu().split(counts)
         return [(-float(loss.sum()), bool(hit.all())) for loss, hit in zip(*by_row, strict=True)]
 
     def _losses(self, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,6 +129,14 @@ def test_another_runs_records_are_refused(weights: Path, tmp_path: Path) -> None
     assert code == 2 and "score = 'suffix', now 'full'" in err
 
 
+def test_weights_that_changed_at_their_place_are_noticed(tmp_path: Path) -> None:
+    arguments = ["--model", write_evaluation_model(tmp_path), "--task", "afqmc", "--data", DATA / "afqmc", "--output", tmp_path / "r.json"]
+    assert run(*arguments)[0] == 0
+    write_evaluation_model(tmp_path)
+    code, _, err = run(*arguments)
+    assert code == 2 and "another run (weights = " in err
+
+
 CITIES = dict(
     pair.split()
     for pair in [

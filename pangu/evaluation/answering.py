@@ -85,7 +85,7 @@ class Answerer:
                 texts[index] = restore_punctuation(generation.text.partition("\n")[0].strip())
         return [
             {"prediction": text, "answers": list(query.example.answers)}
-            | {name: self.metrics[name](query.example.answers, text) for name in self.task.metrics}
+            | {name: self.metrics[name](as_written(query.example.answers), text) for name in self.task.metrics}
             for query, text in zip(queries, texts, strict=True)
         ]
 
@@ -102,6 +102,11 @@ class Answerer:
             }
             for text, score in zip(texts, scores, strict=True)
         ]
+
+
+def as_written(answers: Sequence[str]) -> list[str]:
+    """The answers, and those that the tokenizer lets no model write also as it could be written (１９９５年 as 1995年)."""
+    return [*answers, *(form for answer in answers if (form := restore_punctuation(unicodedata.normalize("NFKC", answer))) not in answers)]
 
 
 def max_new_tokens(task: Task, max_positions: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 from evaluation_model import DATA
 from small_model import small_model
 
-from pangu.evaluation.answering import Answerer, answer_metrics
+from pangu.evaluation.answering import Answerer, answer_metrics, as_written
 from pangu.evaluation.examples import Choice, Example
 from pangu.evaluation.prompts import PromptBuilder
 from pangu.evaluation.readers import read_examples
@@ -75,6 +75,14 @@ def test_answers_are_tidied_and_go_to_their_questions() -> None:
     records = answerer(task, Writer(" 周 \n问：还有", "成都,四川\n")).answer(examples)  # the shorter prompt is answered first
     assert [record["prediction"] for record in records] == ["成都，四川", "周"]
     assert [(record["em"], record["f1"]) for record in records] == [(1.0, 1.0), (1.0, 1.0)]
+
+
+def test_an_answer_that_the_tokenizer_cannot_give_back_can_still_be_met() -> None:
+    assert as_written(["成都，四川"]) == ["成都，四川"]  # punctuation comes back
+    assert as_written(["１９９５年", "九五年"]) == ["１９９５年", "九五年", "1995年"]
+    example = Example("a", {"question": "哪年？"}, answers=("１９９５年",))
+    [record] = answerer(LOADED["webqa"], Writer("1995年")).answer([(0, example)])
+    assert (record["em"], record["answers"]) == (1.0, ["１９９５年"])
 
 
 def test_a_small_window_leaves_half_for_the_question() -> None:

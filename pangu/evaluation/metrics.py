@@ -122,5 +122,5 @@ def bootstrap(
     rows = np.asarray(samples, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means = np.stack([rows[rng.integers(0, len(rows), len(rows))].mean(axis=0) for _ in range(draws)])
-    low, high = np.percentile(figure(means), [2.5, 97.5])
+    low, high = np.percentile(figure(means), [2.5, 97.5], method="inverted_cdf")  # no mean of two, one of which may be infinite
     return float(low), float(high)

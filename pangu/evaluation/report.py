@@ -61,7 +61,7 @@ def _guess_answers(task: Task, records: Sequence[Record], seed: int) -> dict[str
     """Guessing texts: the answer to another of these questions; or the one that answers most of them."""
     metrics = answer_metrics()
     answers = [record["answers"] for record in records]
-    [(frequent, _)] = Counter(answer for of_one in answers for answer in set(of_one)).most_common(1)
+    [(frequent, _)] = Counter(answer for of_one in answers for answer in dict.fromkeys(of_one)).most_common(1)
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     others = [answers[number][0] for number in order[1:] + order[:1]]
@@ -88,21 +88,21 @@ def _perplexities(task: Task, records: Sequence[Record], seed: int, vocab_size: 
     rows: list[dict[str, Any]] = []
 
     def of(column: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda means: np.exp(-means[:, 0] / means[:, column])
+        return lambda means: _exp(-means[:, 0] / means[:, column])
 
     for column, key in enumerate(keys, 1):
-        uniform = math.exp(math.log(vocab_size) * totals[1] / totals[column]) if totals[column] else math.inf
-        value = math.exp(-totals[0] / totals[column]) if totals[column] else math.inf
+        uniform = _exp(math.log(vocab_size) * totals[1] / totals[column]) if totals[column] else math.inf
+        value = _exp(-totals[0] / totals[column]) if totals[column] else math.inf
         rows.append(
             {"metric": f"perplexity per {key[:-1]}", "value": value, "interval": bootstrap(samples, of(column), seed), "random": uniform}
         )
     if task.name != "perplexity":
         words = [[row[0], 1.0] for row in samples]
-        uniform = math.exp(math.log(vocab_size) * totals[1] / len(records))
+        uniform = _exp(math.log(vocab_size) * totals[1] / len(records))
         rows.append(
             {
                 "metric": "perplexity per word",
-                "value": math.exp(-totals[0] / len(records)),
+                "value": _exp(-totals[0] / len(records)),
                 "interval": bootstrap(words, of(1), seed),
                 "random": uniform,
             }
@@ -110,6 +110,12 @@ def _perplexities(task: Task, records: Sequence[Record], seed: int, vocab_size: 
         hits = sum(record["greedy"] for record in records)
         rows.append({"metric": "accuracy", "value": hits / len(records), "interval": wilson(hits, len(records)), "random": 0.0})
     return [{**row, "majority": None} for row in rows]
+
+
+def _exp(exponent: Any) -> Any:
+    """exp of a number or an array; what is too large for a float is infinite."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        return np.exp(exponent) if isinstance(exponent, np.ndarray) else float(np.exp(exponent))
 
 
 def markdown(task: Task, results: dict[str, Any]) -> str:

@@ -134,6 +134,14 @@ def test_perplexities_by_hand() -> None:
     assert rows["perplexity per token"]["interval"] == pytest.approx((math.exp(1), math.exp(3)))
 
 
+def test_a_hopeless_model_is_infinitely_perplexed() -> None:
+    record = {"log_likelihood": -5000.0, "tokens": 300, "characters": 300, "bytes": 900, "greedy": False, "subset": ""}
+    rows = {row["metric"]: row for row in figures(load_tasks()["wplc"], [record], 1, 50)}
+    assert rows["perplexity per word"]["value"] == rows["perplexity per word"]["random"] == math.inf
+    assert rows["perplexity per word"]["interval"] == (math.inf, math.inf)
+    assert rows["perplexity per token"]["value"] == pytest.approx(math.exp(50 / 3))
+
+
 def test_the_page_shows_the_papers_row() -> None:
     task = load_tasks()["cmnli"]
     results = {"model": "m", "shots": 0, "seed": 1, "figures": figures(task, [choice("a", True)], 1, 100)}

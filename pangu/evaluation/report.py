@@ -88,21 +88,21 @@ def _perplexities(task: Task, records: Sequence[Record], seed: int, vocab_size: 
     rows: list[dict[str, Any]] = []
 
     def of(column: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda means: _exp(-means[:, 0] / means[:, column])
+        return lambda means: _exp_of_mean(-means[:, 0], means[:, column])
 
     for column, key in enumerate(keys, 1):
-        uniform = _exp(math.log(vocab_size) * totals[1] / totals[column]) if totals[column] else math.inf
-        value = _exp(-totals[0] / totals[column]) if totals[column] else math.inf
+        uniform = float(_exp_of_mean(math.log(vocab_size) * totals[1], totals[column]))
+        value = float(_exp_of_mean(-totals[0], totals[column]))
         rows.append(
             {"metric": f"perplexity per {key[:-1]}", "value": value, "interval": bootstrap(samples, of(column), seed), "random": uniform}
         )
     if task.name != "perplexity":
         words = [[row[0], 1.0] for row in samples]
-        uniform = _exp(math.log(vocab_size) * totals[1] / len(records))
+        uniform = float(_exp_of_mean(math.log(vocab_size) * totals[1], len(records)))
         rows.append(
             {
                 "metric": "perplexity per word",
-                "value": _exp(-totals[0] / len(records)),
+                "value": float(_exp_of_mean(-totals[0], len(records))),
                 "interval": bootstrap(words, of(1), seed),
                 "random": uniform,
             }
@@ -112,10 +112,10 @@ def _perplexities(task: Task, records: Sequence[Record], seed: int, vocab_size: 
     return [{**row, "majority": None} for row in rows]
 
 
-def _exp(exponent: Any) -> Any:
-    """exp of a number or an array; what is too large for a float is infinite."""
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        return np.exp(exponent) if isinstance(exponent, np.ndarray) else float(np.exp(exponent))
+def _exp_of_mean(total: Any, count: Any) -> Any:
+    """exp(total / count) of numbers or arrays; infinite where nothing was counted, or the result is too large for a float."""
+    with np.errstate(all="ignore"):
+        return np.where(np.equal(count, 0), np.inf, np.exp(np.divide(total, count)))
 
 
 def markdown(task: Task, results: dict[str, Any]) -> str:

@@ -166,3 +166,19 @@ def test_damage_is_refused_or_read_but_never_a_traceback(name: str, tmp_path: Pa
                 refused += 1
         path.write_bytes(whole)
     assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"span2_text": "他"}, "the text at character 12 expected, '他' found"),
+        ({"span2_index": 13}, "the text at character 13 expected, '她' found"),
+        ({"span2_index": 99}, "a number of 0 to 17 expected, '99' found"),
+        ({"span1_text": "\ud800"}, "half of a surrogate pair"),
+    ],
+)
+def test_a_pronoun_that_is_not_where_it_should_be_is_refused(line: dict[str, str | int], said: str, tmp_path: Path) -> None:
+    whole = json.loads((DATA / "cluewsc2020/dev.json").read_text("utf-8").splitlines()[0])
+    (tmp_path / "dev.json").write_text(json.dumps({**whole, "target": {**whole["target"], **line}}), "utf-8")
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_examples(LOADED["cluewsc2020"], [tmp_path / "dev.json"])

@@ -142,6 +142,13 @@ def test_a_hopeless_model_is_infinitely_perplexed() -> None:
     assert rows["perplexity per token"]["value"] == pytest.approx(math.exp(50 / 3))
 
 
+def test_a_text_without_tokens_has_no_perplexity() -> None:
+    """A tab, which the tokenizer drops."""
+    record = {"log_likelihood": 0.0, "tokens": 0, "characters": 1, "bytes": 1, "greedy": True, "subset": ""}
+    row = figures(load_tasks()["perplexity"], [record], 1, 50)[0]
+    assert (row["value"], row["random"]) == (math.inf, math.inf)
+
+
 def test_the_page_shows_the_papers_row() -> None:
     task = load_tasks()["cmnli"]
     results = {"model": "m", "shots": 0, "seed": 1, "figures": figures(task, [choice("a", True)], 1, 100)}

@@ -26,6 +26,7 @@ from pangu.training.replicas import ReplicaCheck
 from pangu.training.report import flops_per_token
 from pangu.training.schedule import learning_rate
 from pangu.training.stopping import StopRequest
+from pangu.training.stragglers import StragglerReport
 
 
 class TrainingLoop:
@@ -56,6 +57,7 @@ class TrainingLoop:
         self._metrics, self._watchdog = metrics, watchdog
         self._saver = CheckpointSaver(engine)
         self._check = ReplicaCheck(engine) if self._config.run.consistency_every else None
+        self._stragglers = StragglerReport(engine.groups)
         self._rollbacks = 0
         """Returns to `_checkpoint`."""
 
@@ -64,7 +66,7 @@ class TrainingLoop:
         train, progress = self._config.train, self._progress
         stop, stopped_by = StopRequest(), 0
         self._compare_replicas()
-        batches = self._watchdog.each(self._batches(self._training, progress.consumed_samples))
+        batches = self._watchdog.each(self._stragglers.timed(self._batches(self._training, progress.consumed_samples)))
         while progress.step < train.steps and not stopped_by:
             if self._step(batches) == "rollback":
                 self._roll_back()
@@ -113,7 +115,12 @@ class TrainingLoop:
             self._metrics.step(self._figures(result, rate, seconds) | {"fault": fault, "decision": decision})
             if decision:
                 self._metrics.say(f"step {progress.step}: {fault}; its update was dropped on every rank: {decision}.")
-        if self._check and (fault or progress.step % config.run.consistency_every == 0):
+        regular = config.run.consistency_every and progress.step % config.run.consistency_every == 0
+        if regular:
+            for line in self._stragglers():
+                if self._metrics:
+                    self._metrics.note(progress.step, "straggler", line)
+        if regular or fault:
             self._compare_replicas()  # one that was corrupted is a better reason than the loss that it led to
         if decision == "stop":
             self._saver.finish()

@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo test test-slow check format install clean
+.PHONY: demo test test-slow soak check format install clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -16,6 +16,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+soak: $(READY)
+	$(BIN)/python tests/faults/soak.py
 
 check: $(READY)
 	$(BIN)/ruff check .

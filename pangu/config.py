@@ -226,7 +226,7 @@ class RunConfig(Section):
     """Seconds that a step, a checkpoint or the start of all ranks may take; then the run ends and says which rank is late. 0 = no limit."""
     consistency_every: CountOrZero = 100
     """Steps between checks that what several ranks hold alike is equal; also at the start, before each checkpoint and after a bad step.
-    0 = never."""
+    Ranks that hold the others up are looked for at the same steps. 0 = never."""
 
 
 class Config(Section):

@@ -47,7 +47,7 @@ def main() -> None:
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     # torch logs each connection that a failed rank closes, with a page of C++ frames; we say which rank failed. Read at its import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from pangu.training.loop import run_training
+    from pangu.training.run import run_training
 
     run_training(config)
     # The engine is full of cycles that hold process groups. Left to the interpreter's end, their threads may abort the process.

@@ -219,7 +219,7 @@ def test_walls_leave_the_lawful_alone(wall: Callable[[ast.Module], set[str]], li
     ("modules", "absent"),
     [
         ("pangu, pangu.config, pangu.train, megatron_ext", LATE | {"torch"}),  # so that a mistake in a recipe is told at once
-        ("megatron_ext.layers, megatron_ext.attention, megatron_ext.recompute, pangu.training.loop, pangu.conversion.huggingface", LATE),
+        ("megatron_ext.layers, megatron_ext.attention, megatron_ext.recompute, pangu.training.run, pangu.conversion.huggingface", LATE),
     ],
 )
 def test_importing_is_light(modules: str, absent: set[str]) -> None:

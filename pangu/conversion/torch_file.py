@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import mmap
 import pickle
@@ -288,7 +289,8 @@ def _members(file: BinaryIO) -> dict[str, tuple[int, int]]:
         members[within] = (data, length)
         places.append((local, data + length))
     places.sort()
-    for (_, end), (following, _) in zip(places, [*places[1:], (begin, 0)], strict=True):
+    places.append((begin, begin))
+    for (_, end), (following, _) in itertools.pairwise(places):
         if end > following:
             raise PickleError("zip members overlap or are cut off")
     return members

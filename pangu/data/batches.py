@@ -59,7 +59,7 @@ def collate(samples: NDArray[np.int64], *, separator_id: int, pad_id: int, eod_r
         tokens=torch.from_numpy(tokens.copy()),
         labels=torch.from_numpy(samples[:, 1:].copy()),
         loss_mask=torch.from_numpy((tokens != pad_id).astype(np.float32)),
-        position_ids=torch.from_numpy(position_ids.astype(np.int64)),
+        position_ids=torch.from_numpy(position_ids.astype(np.int64, order="C")),  # pipeline stages send nothing that is not contiguous
     )
 
 

@@ -53,6 +53,11 @@ class Metrics:
             f"step {figures['step']}  validation loss {figures['validation_loss']:.4f}  perplexity {figures['validation_perplexity']:.2f}"
         )
 
+    def note(self, step: int, kind: str, text: str) -> None:
+        """Record something in words, and say it."""
+        self._record({"step": step, kind: text})
+        self.say(f"step {step}: {text}")
+
     def say(self, text: str) -> None:
         """Print a line above the progress bar, or a plain one."""
         console = self._progress.console if self._progress is not None else Console(soft_wrap=True, highlight=False)

@@ -54,9 +54,9 @@ def test_each_problem_has_a_line_and_the_exit_code_is_2(shared: Path, tmp_path: 
     assert result.returncode == 2 and result.stderr == "" and "\x1b" not in result.stdout
     assert result.stdout.splitlines()[-8:] == [
         *(f"problem: lacks transformer.h.2.mlp.{name}" for name in ("c_fc.bias", "c_fc.weight", "c_proj.bias", "c_proj.weight")),
-        "problem: holds unknown a[red]??[31m",
+        "problem: holds unknown a[red]\\n\\x1b[31m",
         "problem: transformer.wpe.weight has 1 NaN and 0 infinite numbers of 2,048, the first at [3, 4]",
-        "problem: a[red]??[31m is constant: each of its 4 numbers is 0",
+        "problem: a[red]\\n\\x1b[31m is constant: each of its 4 numbers is 0",
         "NOT SOUND: 7 problems",
     ]
     told = json.loads(run(path, "--json", "--verify", "--tensors").stdout)

@@ -194,7 +194,7 @@ def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, 
     """
     import pangu.model.model
     import pangu.model.pipeline
-    from pangu.training import loop
+    from pangu.training import run
 
     sections: dict[str, dict[str, Any]] = {
         "model": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
@@ -218,7 +218,7 @@ def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, 
     error = ""
     outlive_a_refusal()
     try:
-        loop.run_training(config)
+        run.run_training(config)
     except InputError as refused:
         error = str(refused)
     return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()], error
@@ -358,7 +358,7 @@ def test_decisions(policy: Policy, in_a_row: int, rollbacks: int, has_checkpoint
 
 def run_with_a_corrupted_layer_norm(directory: str, sections: dict[str, dict[str, Any]], step: int) -> str:
     """A training run in which the last rank's first LayerNorm changes after a step; the error that ended it."""
-    from pangu.training import loop
+    from pangu.training import run
 
     intact, steps = TrainingEngine.train_step, itertools.count(1)
 
@@ -371,7 +371,7 @@ def run_with_a_corrupted_layer_norm(directory: str, sections: dict[str, dict[str
     TrainingEngine.train_step = corrupting  # type: ignore[method-assign]
     outlive_a_refusal()
     with pytest.raises(InputError) as refused:
-        loop.run_training(small_config(data={"train": [f"{directory}/corpus"]}, run={"dir": f"{directory}/run"}, **sections))
+        run.run_training(small_config(data={"train": [f"{directory}/corpus"]}, run={"dir": f"{directory}/run"}, **sections))
     return str(refused.value)
 
 

@@ -252,6 +252,16 @@ def test_spoilt_archives_are_refused(members: dict[str, bytes], tmp_path: Path) 
     assert "compressed or encrypted" in refusal(archive_of(path, list(members.items()), zipfile.ZIP_DEFLATED))
 
 
+def test_an_archive_whose_directory_is_empty_is_refused(members: dict[str, bytes], tmp_path: Path) -> None:
+    """Its bytes begin as an archive's; the end says that it has no entries."""
+    path = archive_of(tmp_path / "full.pt", list(members.items()))
+    data = bytearray(path.read_bytes())
+    end = data.rindex(b"PK\x05\x06")
+    data[end + 8 : end + 16] = bytes(8)
+    path.write_bytes(data)
+    assert "without data.pkl" in refusal(path)
+
+
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     path = archive_of(tmp_path / "file.pt", [("a/data.pkl", b"\x80\x02" + b"N0" * 10_000_000 + b"N.")], zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 50_000

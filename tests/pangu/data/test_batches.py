@@ -63,8 +63,9 @@ def test_collate_written_out() -> None:
 
 
 def test_without_reset_a_sample_is_one_document() -> None:
-    batch = collate(np.array([[9, 9, 5, 6, 9, 7]]), separator_id=9, pad_id=6, eod_reset=False)
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]]
+    batch = collate(np.array([[9, 9, 5, 6, 9, 7]] * 2), separator_id=9, pad_id=6, eod_reset=False)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert all(tensor.is_contiguous() for tensor in batch)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

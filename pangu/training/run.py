@@ -1,0 +1,138 @@
+"""A run of training: from a configuration to trained weights."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+
+from megatron_ext import accelerator
+from megatron_ext.collectives import barrier, shutdown
+from megatron_ext.context import Fill
+from megatron_ext.initialize import random_weights
+from megatron_ext.sharding import canonical_parameters
+from megatron_ext.topology import Groups
+from megatron_ext.watchdog import Watchdog
+from pangu.config import Config, validate_layout
+from pangu.conversion.export import write_weights
+from pangu.conversion.formats import open_weights
+from pangu.data.blending import BlendedDataset
+from pangu.data.build import build_datasets
+from pangu.errors import InputError, explain
+from pangu.tokenizer import PanguTokenizer
+from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, load_checkpoint
+from pangu.training.engine import TrainingEngine
+from pangu.training.loop import TrainingLoop
+from pangu.training.metrics import Metrics
+from pangu.training.report import print_report
+
+COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+
+
+def run_training(config: Config) -> None:
+    """Train from start, or from the newest checkpoint, to `train.steps`, and write the weights.
+
+    Every rank of the world calls this with the same configuration; the launcher's environment says which rank it is.
+
+    Raises:
+        InputError: one line about what the user can mend.
+    """
+    # All that can be refused is refused before any process waits for another.
+    topology = validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        print_report(config, topology, Console(soft_wrap=True, highlight=False))
+    if not accelerator.supports(config.train.precision):
+        raise InputError(
+            f"train.precision = {config.train.precision}: {accelerator.device_name()} does not train in it. "
+            f"Choose {' or '.join(precision for precision in ('bf16', 'fp16', 'fp32') if accelerator.supports(precision))}."
+        )
+    tokenizer = _open_tokenizer(config)
+    training, validation = build_datasets(
+        config.data.train,
+        config.data.weights,
+        seq_length=config.train.sequence_length,
+        seed=config.train.seed,
+        validation_fraction=config.data.validation_fraction,
+        vocab_size=config.model.vocab_size,
+        separator_id=config.model.separator_id,
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+    )
+    initial_weights = _initial_weights(config)
+    patience = config.run.hang_timeout
+    # The watchdog explains a hang better than a collective's own time-out, so that comes later.
+    timeout = max(COLLECTIVE_TIMEOUT_SECONDS, 2 * patience)
+    meeting = accelerator.initialize(timeout, join_seconds=patience or None)
+    names = Groups.describe(topology, meeting.rank)
+    with Watchdog(meeting, names, config.run.dir, patience, explain) as watchdog:
+        groups = Groups.create(topology, timeout)
+        with claim_directory(config, groups.world):
+            _run(config, groups, watchdog, initial_weights, training, validation)
+        shutdown()
+
+
+def _run(
+    config: Config,
+    groups: Groups,
+    watchdog: Watchdog,
+    initial_weights: Fill,
+    training: BlendedDataset,
+    validation: BlendedDataset | None,
+) -> None:
+    """Resume or start, train, and write the weights."""
+    checkpoint = find_checkpoint(config, groups.world)
+    watchdog.beat(0, "building the model")
+    engine = TrainingEngine(config, groups, initial_weights)
+    watchdog.beat(0, "loading the checkpoint")
+    progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
+    if groups.world.rank == 0:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    metrics = Metrics(config, progress.step) if groups.world.rank == 0 else None
+    if metrics:
+        start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
+        metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
+    try:
+        stopped_by = TrainingLoop(engine, progress, checkpoint, training, validation, metrics, watchdog).run()
+        if stopped_by:
+            if metrics:
+                metrics.say(f"{stopped_by}: saved at step {progress.step}; start the same command again to go on.")
+        else:
+            watchdog.beat(progress.step, "writing the weights")
+            named = watchdog.each(canonical_parameters(engine.module))
+            parameters = ((spec, lambda p=parameter: engine.whole(p)) for spec, parameter in named)
+            weights = config.run.dir / "weights"
+            write_weights(weights, config.model, groups, parameters, tokenizer=config.data.tokenizer)
+            if metrics:
+                metrics.say(f"trained {progress.step} steps, {progress.consumed_tokens:,} tokens; weights in {weights}")
+    finally:
+        if metrics:
+            metrics.close()
+    barrier(groups.world)
+
+
+def _open_tokenizer(config: Config) -> PanguTokenizer | None:
+    """The tokenizer of the data, checked against the model."""
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = PanguTokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} ids. "
+            f"Set model.vocab_size={tokenizer.vocab_size}."
+        )
+    if tokenizer.eot_id != config.model.separator_id:
+        raise InputError(
+            f"model.separator_id = {config.model.separator_id}, but <eot> of the tokenizer {config.data.tokenizer} is {tokenizer.eot_id}. "
+            f"Set model.separator_id={tokenizer.eot_id}."
+        )
+    return tokenizer
+
+
+def _initial_weights(config: Config) -> Fill:
+    """Where a new run's weights come from. A resumed run overwrites them."""
+    if config.checkpoint.init_from is None:
+        return random_weights(config.train.seed)
+    weights = open_weights(config.checkpoint.init_from)
+    weights.refuse_other(config.model, f"checkpoint.init_from = {config.checkpoint.init_from}")
+    return weights.fill

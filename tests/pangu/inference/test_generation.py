@@ -118,7 +118,7 @@ def test_all_rows_stopped_end_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     of = generator()
     lengths = []
     hidden = of.model.hidden
-    monkeypatch.setattr(of.model, "hidden", lambda tokens, *rest: lengths.append(tokens.shape[1]) or hidden(tokens, *rest))
+    monkeypatch.setattr(of.model, "hidden", lambda tokens, *rest, **options: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **options))
     [generation] = of.generate([prompt(4)], max_new_tokens=15, stop_ids=range(VOCAB))
     assert generation == Generation("", [], "stop")
     of.generate([prompt(4)], max_new_tokens=3, stop_ids=())

@@ -26,8 +26,8 @@ from megatron_ext.random import derive_seed
 from megatron_ext.topology import SINGLE, Groups, Topology
 from pangu.conversion.formats import open_weights
 from pangu.errors import InputError
-from pangu.inference.kv_cache import make_caches
 from pangu.inference.cpu_weights import arrange_for_cpu, quantize
+from pangu.inference.kv_cache import make_caches
 from pangu.inference.sampling import Penalties, Sampling, sample
 from pangu.inference.streaming import TextStream, decoded_stops
 from pangu.model.block import Cache
@@ -245,7 +245,8 @@ class TextGenerator:
         pad_id = self.model.config.pad_id
         tokens_BS = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in encoded], device=device)
         position_ids_BS = (torch.arange(longest) - padding_B.unsqueeze(-1)).clamp(min=0).to(device)
-        logits_BV = self._next_logits(tokens_BS, position_ids_BS, caches).repeat_interleave(num_samples, dim=0)
+        next_logits = self._next_logits(tokens_BS, position_ids_BS, caches)
+        logits_BV, log_sum_B1 = (x.repeat_interleave(num_samples, dim=0) for x in next_logits)
         if num_samples > 1:
             for cache in caches:
                 cache.repeat(num_samples)
@@ -255,25 +256,29 @@ class TextGenerator:
             penalties = Penalties(sampling, [ids for ids in encoded for _ in range(num_samples)], self.tokenizer.vocab_size, device)
         for step in range(num_new):
             if step:
-                logits_BV = self._next_logits(chosen_B.unsqueeze(-1), next_position_B1, caches)
+                logits_BV, log_sum_B1 = self._next_logits(chosen_B.unsqueeze(-1), next_position_B1, caches)
             weighed_BV = penalties.apply(logits_BV) if penalties else logits_BV
             # The ranks' logits are equal; that their choices are must not hang on the last bit of a sum.
             chosen_B = broadcast(sample(weighed_BV, sampling, generators), group, source=0)
             if penalties:
                 penalties.add(chosen_B)
-            logprobs_B = logits_BV.float().log_softmax(dim=-1).gather(-1, chosen_B.unsqueeze(-1)).squeeze(-1)
-            yield chosen_B.tolist(), logprobs_B.tolist()
+            logprobs_B1 = logits_BV.gather(-1, chosen_B.unsqueeze(-1)).float() - log_sum_B1
+            yield chosen_B.tolist(), logprobs_B1.squeeze(-1).tolist()
             next_position_B1 = (next_position_B1 + 1).clamp(max=last_position)
 
-    def _next_logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> Tensor:
-        """Logits of the token after the last column: [B, V], V being the tokenizer's ids, equal on every rank."""
+    def _next_logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> tuple[Tensor, Tensor]:
+        """Logits of the token after the last column: [B, V], V being the tokenizer's ids, equal on every rank.
+
+        Also the logarithm of the sum of their exponentials, [B, 1] in fp32.
+        """
         last_B1H = self.model.hidden(tokens_BS, position_ids_BS, caches, last_only=True)
         logits_BV = gather_logits(
             self.model.wte.logits(last_B1H), vocab_size=self.tokenizer.vocab_size, group=self.model.context.tensor
         ).squeeze(1)
-        if logits_BV.isnan().any():
+        log_sum_B1 = logits_BV.float().logsumexp(dim=-1, keepdim=True)
+        if log_sum_B1.isnan().any():
             raise InputError(
                 f"the model's scores are not numbers (computed in {logits_BV.dtype}): the weights are damaged, or too large for this "
                 "dtype. Convert them with tools/convert_checkpoint.py --dtype bf16 or fp32, or fetch them again."
             )
-        return logits_BV
+        return logits_BV, log_sum_B1

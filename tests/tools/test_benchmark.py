@@ -19,7 +19,7 @@ from pangu.errors import InputError
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from benchmarks import convert, machine  # noqa: E402  (the line above makes it importable)
+from benchmarks import convert, generate, machine  # noqa: E402  (the line above makes it importable)
 
 STEPS = ["mindspore -> huggingface", "huggingface -> megatron", "megatron -> mindspore"]
 
@@ -107,3 +107,41 @@ def test_copies_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (folder / name).write_bytes(name.encode() * 100)
     assert convert._copy(folder, tmp_path / "copy") > 0
     assert [path.read_bytes() for path in sorted((tmp_path / "copy").iterdir())] == [b"a" * 100, b"b" * 100]
+
+
+SMALL = {"batch": 2, "prompt": 5, "new": 6, "layers": 2, "hidden": 32, "heads": 2, "vocab": 100, "repeats": 3}
+
+
+def test_generation_is_measured_in_turns_next_to_gpt2() -> None:
+    words = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, ROOT / "tools/benchmark.py", "generate", "--json", "--threads", "1", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["same_ids_as_recomputation"] is True
+    assert result["model"] == {**SMALL, "threads": 1}
+    peer = result["peers"]["transformers GPT-2"]["all_tokens_per_second"]
+    assert len(peer) == 3
+    for name in ("fp32", "int8"):
+        own = result["ours"][name]["all_tokens_per_second"]
+        ratios = sorted(one / other for one, other in zip(own, peer, strict=True))
+        assert result["ratios"][f"speed, {name}"] == ratios[1] > 0
+    console = Console(width=80, record=True)
+    console.print(generate.table(result))
+    assert f"{result['ratios']['speed, fp32']:.2f}x" in console.export_text()
+
+
+def test_a_peer_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    options = argparse.Namespace(**SMALL, threads=None)
+    with pytest.raises(InputError, match="transformers is not installed"):
+        generate.measure(options)
+    with pytest.raises(InputError, match="--new 0"):
+        generate.measure(argparse.Namespace(**{**vars(options), "new": 0}))
+
+
+def test_turns_alternate_and_the_first_is_not_counted() -> None:
+    order: list[str] = []
+    speeds = generate.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, 2, 10)
+    assert "".join(order) == "cbaabccba"
+    assert all(len(every) == 2 and min(every) > 0 for every in speeds.values())

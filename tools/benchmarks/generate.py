@@ -78,9 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     runs[PEER] = _peer(config, prompts, arguments.new)
     same = runs["fp32"]() == recomputed(ours.model, prompts, arguments.new)
     speeds = take_turns(runs, arguments.repeats, arguments.batch * arguments.new)
-    ratios = {
-        name: [own / peer for own, peer in zip(speeds[name], speeds[PEER], strict=True)] for name in speeds if name != PEER
-    }
+    ratios = {name: [own / peer for own, peer in zip(speeds[name], speeds[PEER], strict=True)] for name in speeds if name != PEER}
     return {
         "model": {name: getattr(arguments, name) for name in COUNTS} | {"threads": torch.get_num_threads()},
         "same_ids_as_recomputation": same,

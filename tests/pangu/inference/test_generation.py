@@ -121,7 +121,9 @@ def test_all_rows_stopped_end_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     of = generator()
     lengths = []
     hidden = of.model.hidden
-    monkeypatch.setattr(of.model, "hidden", lambda tokens, *rest, **options: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **options))
+    monkeypatch.setattr(
+        of.model, "hidden", lambda tokens, *rest, **options: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **options)
+    )
     [generation] = of.generate([prompt(4)], max_new_tokens=15, stop_ids=range(VOCAB))
     assert generation == Generation("", [], "stop")
     of.generate([prompt(4)], max_new_tokens=3, stop_ids=())
@@ -151,7 +153,9 @@ def test_samples_are_what_their_seeds_give_one_by_one() -> None:
     of = generator()
     prompts = [prompt(4), prompt(9)]
     samples = of.generate(prompts, max_new_tokens=10, num_samples=3, seed=[5, 50])
-    singly = [of.generate([text], max_new_tokens=10, seed=seed + j)[0] for text, seed in zip(prompts, [5, 50], strict=True) for j in range(3)]
+    singly = [
+        of.generate([text], max_new_tokens=10, seed=seed + j)[0] for text, seed in zip(prompts, [5, 50], strict=True) for j in range(3)
+    ]
     assert samples == singly
     assert len({sample.text for sample in samples}) == 6
 

@@ -254,9 +254,7 @@ class TextGenerator:
         penalties = None
         if sampling.has_penalties:
             penalties = Penalties(sampling, [ids for ids in encoded for _ in range(num_samples)], self.tokenizer.vocab_size, device)
-        for step in range(num_new):
-            if step:
-                logits_BV, log_sum_B1 = self._next_logits(chosen_B.unsqueeze(-1), next_position_B1, caches)
+        for left in reversed(range(num_new)):
             weighed_BV = penalties.apply(logits_BV) if penalties else logits_BV
             # The ranks' logits are equal; that their choices are must not hang on the last bit of a sum.
             chosen_B = broadcast(sample(weighed_BV, sampling, generators), group, source=0)
@@ -264,7 +262,9 @@ class TextGenerator:
                 penalties.add(chosen_B)
             logprobs_B1 = logits_BV.gather(-1, chosen_B.unsqueeze(-1)).float() - log_sum_B1
             yield chosen_B.tolist(), logprobs_B1.squeeze(-1).tolist()
-            next_position_B1 = (next_position_B1 + 1).clamp(max=last_position)
+            if left:
+                next_position_B1 = (next_position_B1 + 1).clamp(max=last_position)
+                logits_BV, log_sum_B1 = self._next_logits(chosen_B.unsqueeze(-1), next_position_B1, caches)
 
     def _next_logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> tuple[Tensor, Tensor]:
         """Logits of the token after the last column: [B, V], V being the tokenizer's ids, equal on every rank.

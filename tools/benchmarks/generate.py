@@ -1,9 +1,9 @@
 """Greedy decoding, next to transformers' GPT-2 of equal shape.
 
-Both have random weights and fp32, the same prompts' lengths, as many threads, and a cache of keys and values; this project decodes with its
-fp32 weights, and once more with 8-bit ones (`--int8`). After one run each to warm up, the three take turns, and each turn's speed is divided
-by GPT-2's in the same turn, so that what else the machine does bears on all alike. Numbers are medians over the turns, with the least and the
-greatest. The ids that fp32 decodes are computed again without a cache, token for token, and must be the same.
+Both have random weights in fp32, the same prompts, as many threads, and a cache of keys and values; this project decodes once more with
+8-bit weights (`pangu.generate --int8`). After one run each to warm up, the three take turns, and each turn's speed is divided by GPT-2's
+in the same turn, so that what else the machine does bears on all alike. Numbers are medians over the turns, ranges their least and
+greatest. Whether the ids that fp32 decodes are those of computing everything again for each token is said too.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class NumberTokenizer:
 
     path = Path("numbers")
     vocab_size = TOKENIZER_VOCAB
+    unk_id = 0
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

@@ -11,10 +11,10 @@ Shapes: B prompts, S columns computed at once, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ from megatron_ext.random import derive_seed
 from megatron_ext.topology import SINGLE, Groups, Topology
 from pangu.conversion.formats import open_weights
 from pangu.errors import InputError
+from pangu.inference.cpu_weights import arrange_for_cpu, quantize
 from pangu.inference.kv_cache import make_caches
-from pangu.inference.sampling import Sampling, sample
+from pangu.inference.sampling import Penalties, Sampling, sample
+from pangu.inference.streaming import TextStream, decoded_stops
 from pangu.model.block import Cache
 from pangu.model.model import PanguModel, gather_logits
 from pangu.tokenizer import PanguTokenizer
@@ -44,9 +46,43 @@ class Generation:
     text: str
     """The ids decoded by themselves. Never cut it out of the decoded whole: the tokenizer's NFKC changes the prompt's length."""
     ids: list[int]
-    """The new tokens, without the one that ended the text."""
+    """The new tokens, without the stop token that ended the text; those that spell a stop string are among them."""
     finish_reason: Literal["stop", "length"]
-    """`stop`: the model ended the text. `length`: the text reached `max_new_tokens`."""
+    """`stop`: a stop token or a stop string ended the text. `length`: it reached `max_new_tokens`, or the end of the window."""
+    logprobs: list[float] = field(default_factory=list, compare=False)
+    """Natural logarithm of the probability that the model gave each of `ids`, before temperature, penalties and any cut. Their last bits
+    depend on the batch and on the number of processes: two generations are equal without them."""
+
+
+class _Row:
+    """One continuation while it grows. It has a text meanwhile only if somebody looks at it: a stop string, or the caller."""
+
+    def __init__(self, limit: int, stream: TextStream | None) -> None:
+        self.limit, self.stream = limit, stream
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: Literal["stop", "length", ""] = ""
+
+    def add(self, token_id: int, logprob: float, ends: Collection[int]) -> str:
+        """Take the next token; give the text that became certain."""
+        if token_id in ends:
+            self.finish_reason = "stop"
+            return self.stream.end() if self.stream else ""
+        self.ids.append(token_id)
+        self.logprobs.append(logprob)
+        piece = self.stream.add(token_id) if self.stream else ""
+        if self.stream and self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.limit:
+            self.finish_reason = "length"
+            piece += self.stream.end() if self.stream else ""
+        return piece
+
+    def generation(self, tokenizer: PanguTokenizer) -> Generation:
+        """The continuation, which has ended."""
+        assert self.finish_reason
+        text = self.stream.text if self.stream else tokenizer.decode(self.ids)
+        return Generation(text, self.ids, self.finish_reason, self.logprobs)
 
 
 class TextGenerator:
@@ -70,19 +106,27 @@ class TextGenerator:
         self.model, self.tokenizer = model.eval(), tokenizer
 
     @classmethod
-    def from_directory(cls, path: Path | str) -> TextGenerator:
+    def from_directory(cls, path: Path | str, *, int8: bool = False) -> TextGenerator:
         """Load weights of any format with the `vocab.model` beside them; under torchrun, split over all processes.
 
         Weights keep their dtype on an accelerator and become fp32 on a CPU, where 16 bits are slow.
 
+        Args:
+            path: the weights.
+            int8: compute with 8-bit weights: several times faster, a little less exact; one process on a CPU (`quantize`).
+
         Raises:
-            InputError: if the weights or their tokenizer are not usable, or the processes do not divide the model's heads.
+            InputError: if the weights or their tokenizer are not usable, the processes do not divide the model's heads, or `int8` is
+                asked of an accelerator or of several processes.
         """
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if int8 and (num_ranks > 1 or accelerator.device().type != "cpu"):
+            place = f"{num_ranks} processes" if num_ranks > 1 else accelerator.device().type
+            raise InputError(f"int8 works in one process on a CPU; found {place}. Leave it out, or start one process without accelerators.")
         weights = open_weights(path)
         if weights.tokenizer is None:
             raise InputError(f"{path}: no vocab.model lies beside the weights. Put the one there that the model was trained with.")
         tokenizer = PanguTokenizer(weights.tokenizer)
-        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if weights.config.num_heads % num_ranks:
             raise InputError(
                 f"{num_ranks} processes do not divide the {weights.config.num_heads} attention heads of {path}. "
@@ -94,18 +138,25 @@ class TextGenerator:
             group = Groups.create(Topology.from_world_size(world_size(), tensor=world_size(), pipeline=1)).tensor
         device = accelerator.device()
         dtype = torch.float32 if device.type == "cpu" or weights.dtype == torch.float64 else weights.dtype
-        return cls(PanguModel(weights.config, ParallelContext(tensor=group, device=device, dtype=dtype, fill=weights.fill)), tokenizer)
+        model = PanguModel(weights.config, ParallelContext(tensor=group, device=device, dtype=dtype, fill=weights.fill))
+        if int8:
+            quantize(model)
+        elif device.type == "cpu":
+            arrange_for_cpu(model)
+        return cls(model, tokenizer)
 
     def generate(
         self,
         prompts: Sequence[str],
         *,
         max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        num_samples: int = 1,
         seed: int | Sequence[int] = 1234,
+        stop: Sequence[str] = (),
         stop_ids: Collection[int] | None = None,
+        truncate_prompts: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        **sampling: Any,
     ) -> list[Generation]:
         """Continue each prompt, all of them in one batch.
 
@@ -113,51 +164,61 @@ class TextGenerator:
 
         Args:
             prompts: texts; an empty one continues the separator, which is how a document begins.
-            max_new_tokens: at most so many a prompt. None: `DEFAULT_NEW_TOKENS`, or what the longest prompt leaves of the window.
-            temperature: see `Sampling`; 0 is greedy.
-            top_k: see `Sampling`.
-            top_p: see `Sampling`.
-            seed: one number of 0 or more for all prompts, or one a prompt, to draw several continuations of the same prompt.
+            max_new_tokens: at most so many a prompt. None: `DEFAULT_NEW_TOKENS`, or what the prompt leaves of the window.
+            num_samples: continuations of each prompt. They stand side by side in what is returned; the prompt is computed once.
+            seed: one number of 0 or more for all prompts, or one a prompt. Sample j of a prompt draws with its seed + j.
+            stop: strings that end a text and are not part of it, in the tokenizer's spelling or any that it folds to that.
             stop_ids: tokens that end a text; None means the model's document separator.
+            truncate_prompts: drop the beginning of a prompt that leaves too little of the window, instead of refusing it.
+            on_text: called with the place of a continuation in what is returned and its next characters, as soon as they are certain.
+                Joined, they are its text. Under torchrun every process calls its own.
+            sampling: the fields of `Sampling`.
 
         Returns:
-            One continuation a prompt, in order.
+            `num_samples` continuations a prompt, in order.
 
         Raises:
             InputError: if a value is out of its range, or a prompt and its continuation exceed the window.
         """
-        sampling = Sampling(temperature, top_k, top_p)
+        how = Sampling(**sampling)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts) or min(seeds, default=0) < 0:
             raise InputError(f"seed = {seed}; expected one number of 0 or more, or {len(prompts)} of them, one a prompt.")
+        if num_samples < 1:
+            raise InputError(f"num_samples = {num_samples}; expected 1 or more.")
+        stops = decoded_stops(stop, self.tokenizer)
         if not prompts:
             return []
         separator_id = self.model.config.separator_id
         encoded = [self.tokenizer.encode(prompt) or [separator_id] for prompt in prompts]
-        num_new = self._num_new_tokens(encoded, max_new_tokens)
-        stops = {separator_id} if stop_ids is None else set(stop_ids)
-        generators = [torch.Generator().manual_seed(derive_seed(number)) for number in seeds]
-        new_ids: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        for ids in self._stream(encoded, num_new, sampling, generators):
-            for row in list(running):
-                if ids[row] in stops:
+        if truncate_prompts:
+            encoded = [ids[-max(1, self.model.config.max_positions - (max_new_tokens or DEFAULT_NEW_TOKENS)) :] for ids in encoded]
+        limits = [limit for limit in self._limits(encoded, max_new_tokens) for _ in range(num_samples)]
+        ends = {separator_id} if stop_ids is None else set(stop_ids)
+        generators = [torch.Generator().manual_seed(derive_seed(first + j)) for first in seeds for j in range(num_samples)]
+        watched = bool(stops or on_text)
+        rows = [_Row(limit, TextStream(self.tokenizer.decode, stops) if watched else None) for limit in limits]
+        running = set(range(len(rows)))
+        for ids, logprobs in self._stream(encoded, max(limits), num_samples, how, generators):
+            for row in sorted(running):
+                piece = rows[row].add(ids[row], logprobs[row], ends)
+                if on_text and piece:
+                    on_text(row, piece)
+                if rows[row].finish_reason:
                     running.remove(row)
-                else:
-                    new_ids[row].append(ids[row])
             if not running:
                 break
-        return [Generation(self.tokenizer.decode(ids), ids, "length" if row in running else "stop") for row, ids in enumerate(new_ids)]
+        return [row.generation(self.tokenizer) for row in rows]
 
-    def _num_new_tokens(self, encoded: list[list[int]], asked: int | None) -> int:
-        """How many tokens to generate, all prompts given as ids. Raises InputError where they do not fit into the window."""
+    def _limits(self, encoded: list[list[int]], asked: int | None) -> list[int]:
+        """How many tokens to generate for each prompt, given as ids. Raises InputError where they do not fit into the window."""
         if asked is not None and asked < 1:
             raise InputError(f"max_new_tokens = {asked}; expected 1 or more.")
         lengths = [len(ids) for ids in encoded]
         longest, window = max(lengths), self.model.config.max_positions
         room, wanted = window - longest, asked or 1
         if room >= wanted:
-            return asked or min(DEFAULT_NEW_TOKENS, room)
+            return [asked or min(DEFAULT_NEW_TOKENS, window - length) for length in lengths]
         which = f"prompt {1 + lengths.index(longest)} of {len(lengths)}" if len(lengths) > 1 else "the prompt"
         raise InputError(
             f"{which} takes {longest:,} positions and max_new_tokens {wanted:,} more, but the model's window has {window:,}. "
@@ -166,33 +227,58 @@ class TextGenerator:
 
     @torch.inference_mode()
     def _stream(
-        self, encoded: list[list[int]], num_new: int, sampling: Sampling, generators: Sequence[torch.Generator]
-    ) -> Iterator[list[int]]:
-        """The next token of every row, `num_new` times. A row that has ended goes on, so that the batch keeps its shape."""
-        group, device = self.model.context.tensor, self.model.wte.weight.device
-        longest = max(map(len, encoded))
+        self,
+        encoded: list[list[int]],
+        num_new: int,
+        num_samples: int,
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+    ) -> Iterator[tuple[list[int], list[float]]]:
+        """The next token of every continuation and its log-probability, `num_new` times.
+
+        A row that has ended goes on, so that the batch keeps its shape; it may run out of positions, and then stays at the last.
+        """
+        group, device = self.model.context.tensor, self.model.ln_f.weight.device
+        longest, last_position = max(map(len, encoded)), self.model.config.max_positions - 1
         padding_B = torch.tensor([longest - len(ids) for ids in encoded])
         caches = make_caches(self.model, padding_B, longest + num_new - 1)  # the last token is not computed with
         pad_id = self.model.config.pad_id
         tokens_BS = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in encoded], device=device)
-        columns_S = torch.arange(longest)
-        for step in range(num_new):
-            position_ids_BS = (columns_S - padding_B.unsqueeze(-1)).clamp(min=0).to(device)
-            logits_BV = self._next_logits(tokens_BS, position_ids_BS, caches)
+        position_ids_BS = (torch.arange(longest) - padding_B.unsqueeze(-1)).clamp(min=0).to(device)
+        next_logits = self._next_logits(tokens_BS, position_ids_BS, caches)
+        logits_BV, log_sum_B1 = (x.repeat_interleave(num_samples, dim=0) for x in next_logits)
+        if num_samples > 1:
+            for cache in caches:
+                cache.repeat(num_samples)
+        next_position_B1 = position_ids_BS[:, -1:].repeat_interleave(num_samples, dim=0)
+        penalties = None
+        if sampling.has_penalties:
+            penalties = Penalties(sampling, [ids for ids in encoded for _ in range(num_samples)], self.tokenizer.vocab_size, device)
+        for left in reversed(range(num_new)):
+            weighed_BV = penalties.apply(logits_BV) if penalties else logits_BV
             # The ranks' logits are equal; that their choices are must not hang on the last bit of a sum.
-            chosen_B = broadcast(sample(logits_BV, sampling, generators), group, source=0)
-            yield chosen_B.tolist()
-            tokens_BS, columns_S = chosen_B.unsqueeze(-1), torch.tensor([longest + step])
+            chosen_B = broadcast(sample(weighed_BV, sampling, generators), group, source=0)
+            if penalties:
+                penalties.add(chosen_B)
+            logprobs_B1 = logits_BV.gather(-1, chosen_B.unsqueeze(-1)).float() - log_sum_B1
+            yield chosen_B.tolist(), logprobs_B1.squeeze(-1).tolist()
+            if left:
+                next_position_B1 = (next_position_B1 + 1).clamp(max=last_position)
+                logits_BV, log_sum_B1 = self._next_logits(chosen_B.unsqueeze(-1), next_position_B1, caches)
 
-    def _next_logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> Tensor:
-        """Logits of the token after the last column: [B, V], V being the tokenizer's ids, equal on every rank."""
-        last_B1H = self.model.hidden(tokens_BS, position_ids_BS, caches)[:, -1:]
+    def _next_logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> tuple[Tensor, Tensor]:
+        """Logits of the token after the last column: [B, V], V being the tokenizer's ids, equal on every rank.
+
+        Also the logarithm of the sum of their exponentials, [B, 1] in fp32.
+        """
+        last_B1H = self.model.hidden(tokens_BS, position_ids_BS, caches, last_only=True)
         logits_BV = gather_logits(
             self.model.wte.logits(last_B1H), vocab_size=self.tokenizer.vocab_size, group=self.model.context.tensor
         ).squeeze(1)
-        if logits_BV.isnan().any():
+        log_sum_B1 = logits_BV.float().logsumexp(dim=-1, keepdim=True)
+        if log_sum_B1.isnan().any():
             raise InputError(
                 f"the model's scores are not numbers (computed in {logits_BV.dtype}): the weights are damaged, or too large for this "
                 "dtype. Convert them with tools/convert_checkpoint.py --dtype bf16 or fp32, or fetch them again."
             )
-        return logits_BV
+        return logits_BV, log_sum_B1

@@ -40,6 +40,12 @@ class LayerCache:
         seen = slice(0, self.length)
         return self.k_BNMD[:, :, seen], self.v_BNMD[:, :, seen], self.visible_B1MM[:, :, begin : self.length, seen]
 
+    def repeat(self, times: int) -> None:
+        """Turn each row into `times` equal rows, side by side."""
+        self.k_BNMD, self.v_BNMD, self.visible_B1MM = (
+            x.repeat_interleave(times, dim=0) for x in (self.k_BNMD, self.v_BNMD, self.visible_B1MM)
+        )
+
 
 def make_caches(model: PanguModel, padding_B: Tensor, max_length: int) -> list[LayerCache]:
     """An empty cache for each layer, the query layer last, as `PanguModel.logits` takes them.
@@ -51,7 +57,7 @@ def make_caches(model: PanguModel, padding_B: Tensor, max_length: int) -> list[L
         padding_B: int64, columns of padding on the left of each row.
         max_length: M, padding included.
     """
-    config, weight = model.config, model.wte.weight.detach()
+    config, weight = model.config, model.ln_f.weight.detach()
     shape = (
         len(padding_B),
         config.num_heads // model.context.tensor.size,

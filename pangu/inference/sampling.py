@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits: greedy, temperature, top-k and top-p.
+"""Choosing the next token from its logits: penalties, greedy, temperature, top-k and top-p.
 
 Each row of a batch draws from its own generator and needs one number of it a token, so a row's choice depends on its logits and its seed
 alone: not on the rows beside it, nor on the device.
@@ -32,6 +32,13 @@ class Sampling:
     """Draw among so many likeliest tokens; 1 is greedy, 0 all."""
     top_p: float = 1.0
     """Draw among the fewest likeliest tokens whose probabilities sum to this or more (nucleus sampling, arXiv 1904.09751); 1 is all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that stand in the prompt or the continuation are divided by it where positive, multiplied where negative
+    (arXiv 1909.05858, section 4.1); 1 is none."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the continuation has it; 0 is none."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token that the continuation has; 0 is none."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
@@ -40,11 +47,52 @@ class Sampling:
             raise InputError(f"top_k = {self.top_k}; expected 0 (all tokens) or more.")
         if not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_p = {self.top_p}; expected more than 0 and at most 1 (all tokens).")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty = {self.repetition_penalty}; expected more than 0; 1 is none.")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name} = {getattr(self, name)}; expected a finite number; 0 is none.")
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always chosen. So it is, in fp32, at any temperature that rounds to 0 beside a logit."""
         return self.temperature < 1e-6 or self.top_k == 1
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a choice depends on the tokens before it."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+class Penalties:
+    """What was said so far, and what that does to the logits. Every term comes before the temperature.
+
+    Args:
+        sampling: how strong.
+        prompts: the ids of each row's prompt.
+        vocab_size: V; other ids are never chosen and need no place.
+        device: where the logits lie.
+    """
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
+        self.sampling = sampling
+        self.count_BV = torch.zeros(len(prompts), vocab_size, device=device)
+        self.seen_BV = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        for row, ids in enumerate(prompts):
+            self.seen_BV[row, torch.tensor(ids, device=device)] = True
+
+    def add(self, ids_B: Tensor) -> None:
+        """Count the token that each row was given."""
+        ids_B1 = ids_B.unsqueeze(-1)
+        self.count_BV.scatter_add_(1, ids_B1, torch.ones_like(ids_B1, dtype=torch.float32))
+        self.seen_BV.scatter_(1, ids_B1, True)
+
+    def apply(self, logits_BV: Tensor) -> Tensor:
+        """The logits to choose from, fp32."""
+        logits_BV, repetition = logits_BV.float(), self.sampling.repetition_penalty
+        repeated_BV = torch.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
+        logits_BV = torch.where(self.seen_BV, repeated_BV, logits_BV)
+        return logits_BV - self.sampling.frequency_penalty * self.count_BV - self.sampling.presence_penalty * (self.count_BV > 0)
 
 
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -75,10 +75,10 @@ class Attention(nn.Module):
             x_BSH: normalised residual stream: the source of keys and values, and of the queries unless those come from `query_BSH`.
             position_ids_BS: int64, whole sequence.
             cache: keys and values of earlier tokens, while generating.
-            query_BSH: whole sequence, replicated: what the query layer asks with.
+            query_BSH: replicated: what the query layer asks with, for the whole sequence or, with a cache, for its last positions only.
 
         Returns:
-            The sublayer's output on the residual stream.
+            The sublayer's output on the residual stream, for the positions that asked.
         """
         x_BSH = enter_tensor_parallel(x_BSH, self.context)
         q_BNSD = self._heads(self.q_proj(x_BSH if query_BSH is None else query_BSH))
@@ -86,6 +86,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None
         if cache is not None:
             k_BNSD, v_BNSD, mask = cache.append(k_BNSD, v_BNSD)
+            mask = mask[:, :, -q_BNSD.shape[2] :]
         elif self.options.reset_at_document:
             mask = document_mask(position_ids_BS)
         attend = partial(
@@ -146,7 +147,10 @@ class Block(nn.Module):
         return self._layer(x_BSH, position_ids_BS, cache, query_BSH)
 
     def _layer(self, x_BSH: Tensor, position_ids_BS: Tensor, cache: Cache | None, query_BSH: Tensor | None) -> Tensor:
-        x_BSH = x_BSH + self._dropout(self.attn(self.ln_1(x_BSH), position_ids_BS, cache, query_BSH))
+        attended_BSH = self._dropout(self.attn(self.ln_1(x_BSH), position_ids_BS, cache, query_BSH))
+        if cache is not None:
+            x_BSH = x_BSH[:, -attended_BSH.shape[1] :]
+        x_BSH = x_BSH + attended_BSH
         return x_BSH + self._dropout(self.mlp(self.ln_2(x_BSH)))
 
     def _dropout(self, x_BSH: Tensor) -> Tensor:

@@ -58,18 +58,23 @@ class PanguModel(nn.Module):
         """
         return self.wte.logits(self.hidden(tokens_BS, position_ids_BS, caches))
 
-    def hidden(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache] | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """What the output layer (`wte.logits`) reads: x_BSH on the residual stream. The arguments are those of `logits`.
 
-        Generation takes the last position from it, for the logits of a whole prompt would be its largest tensor.
+        With `last_only`, which needs caches, only the last position's: [B, 1, H]. Generation needs no other, and the logits of a whole
+        prompt would be its largest tensor.
         """
+        assert caches is not None or not last_only, "what the layers do not compute must come from their caches later"
         caches = caches or [None] * self.config.num_layers  # type: ignore[list-item]
         x_BSH = self.position(self.wte(tokens_BS), position_ids_BS)
         for block, cache in zip(self.blocks, caches[:-1], strict=True):
             x_BSH = block(x_BSH, position_ids_BS, cache)
+        query_BSH = self.query_layer.query(position_ids_BS[:, -1:]) if last_only else None
         if self.config.final_norm == "before_query":
-            return self.query_layer(self.ln_f(x_BSH), position_ids_BS, caches[-1])
-        return self.ln_f(self.query_layer(x_BSH, position_ids_BS, caches[-1]))
+            return self.query_layer(self.ln_f(x_BSH), position_ids_BS, caches[-1], query_BSH)
+        return self.ln_f(self.query_layer(x_BSH, position_ids_BS, caches[-1], query_BSH))
 
 
 def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, *, vocab_size: int, group: Group) -> Tensor:

@@ -25,7 +25,14 @@ class QueryLayer(Block):
         self.wqe = Embedding(config.max_positions, config.hidden_size, context, name="transformer.wqe", init=init)
 
     def forward(self, x_BSH: Tensor, position_ids_BS: Tensor, cache: Cache | None = None, query_BSH: Tensor | None = None) -> Tensor:
-        """Apply the layer; `query_BSH` defaults to the embedding of each position."""
+        """Apply the layer; `query_BSH` defaults to the embedding of each position.
+
+        With a cache it may stand for the last positions only: the layer then gives those, and stores the keys and values of all.
+        """
         if query_BSH is None:
-            query_BSH = copy_to_tensor_parallel(self.wqe(position_ids_BS), self.context.tensor)
+            query_BSH = self.query(position_ids_BS)
         return super().forward(x_BSH, position_ids_BS, cache, query_BSH)
+
+    def query(self, position_ids_BS: Tensor) -> Tensor:
+        """What the layer asks with at each position: [B, S, H], replicated."""
+        return copy_to_tensor_parallel(self.wqe(position_ids_BS), self.context.tensor)

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from small_model import write_model
 
 from pangu.config import ModelConfig
 from pangu.errors import InputError
+from pangu.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from benchmarks import convert, machine  # noqa: E402  (the line above makes it importable)
+from benchmarks import convert, generate, machine  # noqa: E402  (the line above makes it importable)
 
 STEPS = ["mindspore -> huggingface", "huggingface -> megatron", "megatron -> mindspore"]
 
@@ -107,3 +109,59 @@ def test_copies_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (folder / name).write_bytes(name.encode() * 100)
     assert convert._copy(folder, tmp_path / "copy") > 0
     assert [path.read_bytes() for path in sorted((tmp_path / "copy").iterdir())] == [b"a" * 100, b"b" * 100]
+
+
+SMALL = {"batch": 2, "prompt": 5, "new": 6, "layers": 2, "hidden": 32, "heads": 2, "vocab": 100, "repeats": 3}
+
+
+def test_generation_is_measured_in_turns_next_to_gpt2() -> None:
+    words = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, ROOT / "tools/benchmark.py", "generate", "--json", "--cpu-time", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["same_ids_as_recomputation"] is True
+    assert result["model"] == {**SMALL, "threads": 1, "clock": "processor"}
+    peer = result["peers"]["transformers GPT-2"]["all_tokens_per_second"]
+    assert len(peer) == 3
+    for name in ("fp32", "int8"):
+        own = result["ours"][name]["all_tokens_per_second"]
+        ratios = sorted(one / other for one, other in zip(own, peer, strict=True))
+        assert result["ratios"][f"speed, {name}"] == ratios[1] > 0
+    console = Console(width=80, record=True)
+    console.print(generate.table(result))
+    assert f"{result['ratios']['speed, fp32']:.2f}x" in console.export_text()
+
+
+def test_a_peer_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    options = argparse.Namespace(**SMALL, threads=None, cpu_time=False, weights=None, text=None)
+    with pytest.raises(InputError, match="transformers is not installed"):
+        generate.measure(options)
+    with pytest.raises(InputError, match="--new 0"):
+        generate.measure(argparse.Namespace(**{**vars(options), "new": 0}))
+    with pytest.raises(InputError, match="--cpu-time --threads 2"):
+        generate.measure(argparse.Namespace(**{**vars(options), "cpu_time": True, "threads": 2}))
+
+
+def test_exactness_of_8_bit_weights(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("四川的省会是成都。\n\n北京欢迎我们，中国欢迎你。\n" * 9, "utf-8")
+    write_model(tmp_path / "weights", train_tokenizer([corpus], 30, tmp_path / "tokenizer").path)
+    options = argparse.Namespace(**SMALL, threads=None, weights=tmp_path / "weights", text=corpus)
+    result = {**generate.measure(options), "device": "a CPU"}
+    assert 0 < abs(1 - result["ratios"]["fp32's perplexity over int8's"]) < 0.2
+    assert 0.8 < result["ratios"]["same likeliest token"] <= 1
+    console = Console(width=80, record=True)
+    console.print(generate.table(result))
+    assert f"{result['ours']['int8']['perplexity']:.4f}" in console.export_text()
+    for changed, message in (({"text": None}, "go together"), ({"text": tmp_path / "missing"}, "cannot be read as UTF-8")):
+        with pytest.raises(InputError, match=message):
+            generate.measure(argparse.Namespace(**vars(options) | changed))
+
+
+def test_turns_alternate_and_the_first_is_not_counted() -> None:
+    order: list[str] = []
+    speeds = generate.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, 2, 10, iter(range(99)).__next__)
+    assert "".join(order) == "cbaabccba"
+    assert speeds == {name: [10.0, 10.0] for name in "abc"}

@@ -51,11 +51,14 @@ def test_greedy_equals_recomputation_for_every_prompt_length(final_norm: str) ->
     assert len({token for ids in generated for token in ids}) > 20  # not one token for ever
 
 
+OPTIONS: dict[str, Any] = {"num_samples": 3, "frequency_penalty": 0.5, "repetition_penalty": 1.5, "top_p": 0.9, "stop": ["77"]}
+
+
 def rank_generations() -> tuple[list[list[int]], list[Generation], list[Generation]]:
     accelerator.initialize(60)
     group = Groups.create(Topology(tensor=2, pipeline=1, data=1)).tensor
     of = generator(group)
-    disagreeing = of.generate([prompt(3)], max_new_tokens=12, seed=group.rank)
+    disagreeing = of.generate([prompt(3)], max_new_tokens=12, seed=group.rank, **OPTIONS)
     return greedy_to_the_window(of), of.generate([prompt(3), prompt(8)], max_new_tokens=12), disagreeing
 
 
@@ -64,7 +67,7 @@ def test_two_ranks_generate_what_one_does_even_where_their_draws_differ() -> Non
     expected = (
         greedy_to_the_window(of),
         of.generate([prompt(3), prompt(8)], max_new_tokens=12),
-        of.generate([prompt(3)], max_new_tokens=12, seed=0),
+        of.generate([prompt(3)], max_new_tokens=12, seed=0, **OPTIONS),
     )
     assert run_distributed(rank_generations, 2) == [expected, expected]
 
@@ -118,7 +121,9 @@ def test_all_rows_stopped_end_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     of = generator()
     lengths = []
     hidden = of.model.hidden
-    monkeypatch.setattr(of.model, "hidden", lambda tokens, *rest: lengths.append(tokens.shape[1]) or hidden(tokens, *rest))
+    monkeypatch.setattr(
+        of.model, "hidden", lambda tokens, *rest, **options: lengths.append(tokens.shape[1]) or hidden(tokens, *rest, **options)
+    )
     [generation] = of.generate([prompt(4)], max_new_tokens=15, stop_ids=range(VOCAB))
     assert generation == Generation("", [], "stop")
     of.generate([prompt(4)], max_new_tokens=3, stop_ids=())
@@ -144,6 +149,73 @@ def test_without_a_number_the_window_is_filled_but_not_exceeded() -> None:
     assert len(generator(max_positions=200).generate([prompt(4)], stop_ids=())[0].ids) == 100
 
 
+def test_samples_are_what_their_seeds_give_one_by_one() -> None:
+    of = generator()
+    prompts = [prompt(4), prompt(9)]
+    samples = of.generate(prompts, max_new_tokens=10, num_samples=3, seed=[5, 50])
+    singly = [
+        of.generate([text], max_new_tokens=10, seed=seed + j)[0] for text, seed in zip(prompts, [5, 50], strict=True) for j in range(3)
+    ]
+    assert samples == singly
+    assert len({sample.text for sample in samples}) == 6
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_log_probabilities_are_the_model_s_own(top_k: int) -> None:
+    of = generator()
+    [one] = of.generate([prompt(4)], max_new_tokens=10, temperature=0.7, top_k=top_k, frequency_penalty=1.0, stop_ids=())
+    ids = NUMBERS[:4] + one.ids
+    with torch.inference_mode():
+        logits = of.model.logits(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0))[0, 3:-1, :TOKENIZER_VOCAB]
+    expected = logits.log_softmax(dim=-1)[torch.arange(10), torch.tensor(one.ids)]
+    assert one.logprobs == pytest.approx(expected.tolist(), abs=5e-5)
+
+
+def test_penalties_forbid_repetition() -> None:
+    of = generator()
+    [one] = of.generate([prompt(3)], max_new_tokens=20, temperature=2.0, presence_penalty=1e9, stop_ids=())
+    assert len(set(one.ids)) == 20
+    [other] = of.generate([prompt(3)], max_new_tokens=20, temperature=0, repetition_penalty=1e-9, stop_ids=())
+    assert set(other.ids) & set(NUMBERS[:3])  # below 1 it favours what was said
+
+
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    of = generator()
+    [whole] = of.generate([prompt(4)], max_new_tokens=12, seed=3, stop_ids=())
+    words = whole.text.split()
+    stop = f"{words[5]} {words[6]}"
+    [stopped] = of.generate([prompt(4)], max_new_tokens=12, seed=3, stop=[stop], stop_ids=())
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    assert (stopped.ids, stopped.finish_reason) == (whole.ids[:7], "stop")
+
+
+def test_streamed_pieces_make_the_texts() -> None:
+    of = generator()
+    prompts = [prompt(2), prompt(6)]
+    pieces: dict[int, list[str]] = {row: [] for row in range(4)}
+    options: dict[str, Any] = {"max_new_tokens": 12, "num_samples": 2, "stop": ["7 ", "3"]}
+    generations = of.generate(prompts, on_text=lambda row, piece: pieces[row].append(piece), **options)
+    assert ["".join(pieces[row]) for row in range(4)] == [generation.text for generation in generations]
+    assert generations == of.generate(prompts, **options)
+    assert max(map(len, pieces.values())) > 3 and all(all(row) for row in pieces.values())
+
+
+def test_a_prompt_that_is_too_long_is_cut_on_the_left_if_asked() -> None:
+    of = generator()
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0, "stop_ids": ()}
+    long = " ".join(map(str, NUMBERS + NUMBERS))
+    [expected] = of.generate([" ".join(map(str, NUMBERS[-(WINDOW - 5) :]))], **options)
+    short = of.generate([prompt(3)], **options)
+    assert of.generate([long, prompt(3)], truncate_prompts=True, **options) == [expected, *short]
+    with pytest.raises(InputError, match="max_new_tokens 24 more"):
+        of.generate([long], max_new_tokens=WINDOW, truncate_prompts=True)
+
+
+def test_a_short_prompt_is_not_cut_short_by_a_long_one() -> None:
+    of = generator(max_positions=120)
+    assert [len(one.ids) for one in of.generate([prompt(24), prompt(2)], stop_ids=())] == [96, 100]
+
+
 @pytest.mark.parametrize(
     ("prompts", "values", "message"),
     [
@@ -155,6 +227,8 @@ def test_without_a_number_the_window_is_filled_but_not_exceeded() -> None:
         ([prompt(2)], {"seed": -1}, "seed = -1"),
         ([prompt(2)], {"seed": [1, 2]}, "expected one number of 0 or more, or 1 of them"),
         ([prompt(2)], {"top_p": 2.0}, "top_p = 2.0"),
+        ([prompt(2)], {"num_samples": 0}, "num_samples = 0"),
+        ([prompt(2)], {"stop": [""]}, "stop = '': nothing is left"),
     ],
 )
 def test_refusals(prompts: list[str], values: dict[str, Any], message: str) -> None:

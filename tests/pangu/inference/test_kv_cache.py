@@ -80,6 +80,39 @@ def test_no_token_sees_padding() -> None:
     assert not torch.equal(with_padding[:, :5], with_other[:, :5])
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("final_norm", ["before_query", "after_query"])
+def test_the_last_position_alone_is_what_it_is_among_all(final_norm: str, attention: str) -> None:
+    """And the caches hold the same, so that what follows is the same too."""
+    model, padding, tokens = small_model(final_norm=final_norm, attention=attention), torch.tensor([0, 3]), random_tokens(2, 10)
+    position_ids = (torch.arange(10) - padding.unsqueeze(-1)).clamp(min=0)
+    all_caches, last_caches = make_caches(model, padding, 12), make_caches(model, padding, 12)
+    with torch.inference_mode():
+        whole = model.hidden(tokens, position_ids, all_caches)
+        last = model.hidden(tokens, position_ids, last_caches, last_only=True)
+    assert last.shape == (2, 1, 32)
+    assert (last - whole[:, -1:]).abs().max() < TOLERANCE
+    for one, other in zip(all_caches, last_caches, strict=True):
+        assert one.length == other.length == 10
+        assert torch.equal(one.k_BNMD[:, :, :10], other.k_BNMD[:, :, :10]) and torch.equal(one.v_BNMD[:, :, :10], other.v_BNMD[:, :, :10])
+
+
+def test_repeated_rows_go_on_by_themselves() -> None:
+    model, tokens = small_model(), random_tokens(2, WINDOW)
+    padding = torch.tensor([2, 0])
+    position_ids = (torch.arange(WINDOW) - padding.unsqueeze(-1)).clamp(min=0)
+    caches = make_caches(model, padding, WINDOW)
+    different = random_tokens(4, WINDOW)[:, 9:]
+    with torch.inference_mode():
+        model.logits(tokens[:, :9], position_ids[:, :9], caches)
+        for cache in caches:
+            cache.repeat(2)
+        repeated = model.logits(different, position_ids[:, 9:].repeat_interleave(2, dim=0), caches)
+    rows = torch.cat([tokens[:, :9].repeat_interleave(2, dim=0), different], dim=1)
+    expected = cached_logits(model, rows, padding.repeat_interleave(2), [9])
+    assert (repeated - expected[:, 9:]).abs().max() < TOLERANCE
+
+
 def test_visible_columns() -> None:
     one, padded = visible_columns(torch.tensor([0, 2]), 4).int().squeeze(1).tolist()
     assert one == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pangu.errors import InputError
-from pangu.inference.sampling import Sampling, candidates, sample
+from pangu.inference.sampling import Penalties, Sampling, candidates, sample
 
 PROBABILITIES = [0.15, 0.5, 0.1, 0.25]
 
@@ -112,6 +112,38 @@ def test_greedy_takes_the_lowest_of_equal_ids() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        # The prompt is 0 0 3, then 1 2 1 are drawn; the logits before are 2, -1, 0.5, -4, 1.
+        ({"repetition_penalty": 2.0}, [1.0, -2.0, 0.25, -8.0, 1.0]),
+        ({"frequency_penalty": 0.25}, [2.0, -1.5, 0.25, -4.0, 1.0]),
+        ({"presence_penalty": 0.25}, [2.0, -1.25, 0.25, -4.0, 1.0]),
+        ({"repetition_penalty": 2.0, "frequency_penalty": 1.0, "presence_penalty": -0.5}, [1.0, -3.5, -0.25, -8.0, 1.0]),
+    ],
+)
+def test_penalties(values: dict[str, float], expected: list[float]) -> None:
+    penalties = Penalties(Sampling(**values), [[0, 0, 3], [4]], 5, torch.device("cpu"))
+    for token in (1, 2, 1):
+        penalties.add(torch.tensor([token, 0]))
+    logits_BV = torch.tensor([[2.0, -1.0, 0.5, -4.0, 1.0]]).expand(2, -1)
+    first, second = penalties.apply(logits_BV)
+    assert first.tolist() == expected
+    assert second[1] == -1.0 and second[2] == 0.5  # the other row's tokens are its own
+
+
+def test_only_values_that_change_something_are_penalties() -> None:
+    assert not Sampling(temperature=0.5, top_k=3, top_p=0.5).has_penalties
+    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+        assert Sampling(**{name: 0.5}).has_penalties
+
+
+def test_a_token_without_probability_stays_without() -> None:
+    penalties = Penalties(Sampling(repetition_penalty=0.5, frequency_penalty=-3.0), [[0]], 2, torch.device("cpu"))
+    penalties.add(torch.tensor([0]))
+    assert penalties.apply(torch.tensor([[-math.inf, 0.0]])).tolist() == [[-math.inf, 0.0]]
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"temperature": -0.1}, "temperature = -0.1"),
@@ -120,6 +152,10 @@ def test_greedy_takes_the_lowest_of_equal_ids() -> None:
         ({"top_k": -1}, "top_k = -1"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.1}, "top_p = 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty = inf"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty = nan"),
+        ({"presence_penalty": math.inf}, "presence_penalty = inf"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:

@@ -1,0 +1,89 @@
+"""Weights as a CPU reads them fastest. A token's time is the time to read every weight once, so how they lie decides it.
+
+Shapes: B rows, S positions, I input features, O output features (or vocabulary), H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ext.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from pangu.model.model import PanguModel
+
+Linear = (ColumnParallelLinear, RowParallelLinear)
+MAX_WEIGHT, MAX_ACTIVATION = 63, 127
+"""Why weights have no more than 7 bits: processors without VNNI add pairs of 8-bit products, inputs shifted to [0, 255], in 16 bits, and
+cut what exceeds those without a word. 2 · 255 · 63 fits, so that every processor gives the exact sums."""
+
+
+def arrange_for_cpu(model: PanguModel) -> None:
+    """Lay the matrices out in memory as [in, out], which BLAS multiplies a few rows with faster. Shapes and values stay."""
+    for module in model.modules():
+        if isinstance(module, (*Linear, VocabParallelEmbedding)):
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def quantize(model: PanguModel) -> None:
+    """Replace the linear layers and the word embedding by 8-bit ones, in place. The model can then no longer be trained or saved."""
+    assert model.context.tensor.size == 1, "a rank's scales would be those of its slice"
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                setattr(module, name, Int8Linear(child.weight, child.bias))
+            elif isinstance(child, VocabParallelEmbedding):
+                setattr(module, name, Int8Embedding(child.weight))
+
+
+class Int8Matrix(nn.Module):
+    """A matrix W [O, I] in 8 bits, with a scale for each row.
+
+    Inputs are rounded to 8 bits when they come, with a scale for each position, so that a row's result does not depend on the rows beside
+    it; the sums are whole numbers and exact.
+    """
+
+    values_OI: Tensor
+    scale_O: Tensor
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        super().__init__()
+        weight_OI = weight_OI.detach()
+        scale_O = _scale(weight_OI, MAX_WEIGHT)
+        self.register_buffer("values_OI", (weight_OI / scale_O).round().to(torch.int8))
+        self.register_buffer("scale_O", scale_O.squeeze(-1))
+
+    def multiply(self, x_BSI: Tensor) -> Tensor:
+        """x Wᵀ: [B, S, O]."""
+        scale_BS1 = _scale(x_BSI, MAX_ACTIVATION)
+        rounded_BSI = (x_BSI / scale_BS1).round().to(torch.int8)
+        sums = torch._int_mm(rounded_BSI.flatten(0, 1), self.values_OI.t())
+        return sums.unflatten(0, x_BSI.shape[:2]) * self.scale_O * scale_BS1
+
+
+class Int8Linear(Int8Matrix):
+    """y = x Wᵀ + b."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor) -> None:
+        super().__init__(weight_OI)
+        self.bias = bias_O
+
+    def forward(self, x_BSI: Tensor) -> Tensor:
+        """Apply the layer."""
+        return self.multiply(x_BSI) + self.bias
+
+
+class Int8Embedding(Int8Matrix):
+    """A table of V rows that is looked up, and the output layer that is tied to it."""
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Look ids up: ids_BS int64 -> x_BSH."""
+        return self.values_OI[ids_BS] * self.scale_O[ids_BS].unsqueeze(-1)
+
+    def logits(self, x_BSH: Tensor) -> Tensor:
+        """Scores of all ids: x_BSH -> [B, S, V]."""
+        return self.multiply(x_BSH)
+
+
+def _scale(x: Tensor, largest: int) -> Tensor:
+    """What `largest` stands for in each row of the last dimension: its greatest absolute value, and any number where all are 0."""
+    return x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20) / largest

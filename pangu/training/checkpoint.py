@@ -23,7 +23,7 @@ from megatron_ext.collectives import all_gather_objects, all_reduce_max, barrier
 from megatron_ext.topology import Group
 from pangu.config import Config
 from pangu.errors import InputError
-from pangu.files import lock, remove, sync, write_durably
+from pangu.files import lock, recover, remove, sync, write_durably
 from pangu.model.pipeline import quiet
 from pangu.training.checkpoint_writer import FileWriter
 from pangu.training.engine import TrainingEngine
@@ -115,7 +115,7 @@ class PendingSave:
                 manifest = {"format": 1, "progress": self.progress, "identity": identity, "files": files}
                 write_durably(self.partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
                 if final.exists():  # this step was trained again
-                    _set_aside(final, "removing")
+                    _set_aside(final, "replaced")
                 os.rename(self.partial, final)
                 sync(final.parent)
                 write_durably(final.parent / LATEST, final.name + "\n")
@@ -157,7 +157,7 @@ def _retire(root: Path, keep: int) -> None:
     for name in complete_steps(root)[:-keep]:
         with contextlib.suppress(OSError):  # one that cannot be renamed stays whole
             _set_aside(root / name, "removing")
-    for leftover in root.glob("step_*.removing"):
+    for leftover in (*root.glob("step_*.removing"), *root.glob("step_*.replaced")):
         remove(leftover)
 
 
@@ -183,7 +183,9 @@ def claim_directory(config: Config, world: Group) -> Iterator[None]:
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock(root))
-                for leftover in (*root.glob("step_*.partial"), *root.glob("step_*.removing")):
+                for replaced in root.glob("step_*.replaced"):
+                    recover(replaced.with_suffix(""))  # a kill came before the new one had its name
+                for leftover in (*root.glob("step_*.partial"), *root.glob("step_*.removing"), *root.glob("step_*.replaced")):
                     remove(leftover)
             except InputError as error:
                 refused = str(error)

@@ -3,7 +3,8 @@
     step_00000100/                  complete, once it has this name and a manifest
     step_00000100/manifest.json     format, progress (how far the run was), identity (the model and the layout that saved it, by
                                     configuration key), files (bytes and sha256 of every other file)
-    step_00000100.SUFFIX/           partial: being written; removing: no longer wanted; damaged: no longer what its manifest says
+    step_00000100.SUFFIX/           partial: being written; replaced: the same step was trained again; removing: no longer wanted;
+                                    damaged: no longer what its manifest says
     latest                          the newest step's name, for DeepSpeed's own tools; never read here
 
 All of them lie in a run's `checkpoints/`; `checkpoints.lock` beside it is held by the run that writes there.

@@ -146,6 +146,35 @@ def test_a_kill_costs_no_more_than_the_checkpoint_it_hits(
     assert (tmp_path / "run" / LATEST).read_text() == "step_00000006\n"
 
 
+def save_again(directory: str, dies: bool) -> None:
+    """Save step 2 of a run that has it already; a kill comes when the old one has lost its name and the new one has none."""
+    engine = start(small_config(model=DROPOUT, checkpoint={"dir": directory, "keep": 1}))
+    rename = os.rename
+
+    def rename_or_die(one: Any, other: Any) -> None:
+        if dies and str(one).endswith(".partial"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(one, other)
+
+    os.rename = rename_or_die
+    save_checkpoint(engine, Progress(step=2))
+
+
+def test_the_only_checkpoint_survives_being_replaced(tmp_path: Path) -> None:
+    run_distributed(train, 1, str(tmp_path / "run"), {}, [2], 2, {"keep": 1})
+    expected = (tmp_path / "run/step_00000002" / MANIFEST).read_text()
+    with pytest.raises(RankError):
+        run_distributed(save_again, 1, str(tmp_path / "run"), True)
+    assert not (tmp_path / "run/step_00000002").exists()
+    config = small_config(checkpoint={"dir": str(tmp_path / "run")})
+    with claim_directory(config, SINGLE):
+        assert find_checkpoint(config, SINGLE) == tmp_path / "run/step_00000002"
+    assert (tmp_path / "run/step_00000002" / MANIFEST).read_text() == expected
+    run_distributed(save_again, 1, str(tmp_path / "run"), False)
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_00000002"]
+    assert (tmp_path / "run/step_00000002" / MANIFEST).read_text() != expected
+
+
 # --- a disk that is full -----------------------------------------------------------------------------------------------------------------
 
 

@@ -55,14 +55,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     from megatron_ext.collectives import shutdown, world_rank
     from pangu.evaluation.answering import Answerer, max_new_tokens
-    from pangu.evaluation.loading import fingerprint, load
     from pangu.evaluation.progress import progress_bar
     from pangu.evaluation.prompts import PromptBuilder
     from pangu.evaluation.readers import read_examples
     from pangu.evaluation.report import figures, markdown
-    from pangu.evaluation.runner import evaluation_order, run
+    from pangu.evaluation.runner import evaluation_order, fingerprint, run
     from pangu.evaluation.tasks import find_files, load_tasks
     from pangu.files import lock, write_durably
+    from pangu.inference.generation import TextGenerator
+    from pangu.inference.loading import load
 
     task = load_tasks()[arguments.task]
     files = find_files(task, arguments.data)
@@ -74,7 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     with redirect_stdout(sys.stderr):  # whatever a library announces while it starts
         loaded = load(arguments.model, arguments.tensor_parallel)
-    generator, config = loaded.generator, loaded.generator.model.config
+    generator, config = TextGenerator(loaded.model, loaded.tokenizer), loaded.model.config
     builder = PromptBuilder(
         task,
         train,

@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from megatron_ext import accelerator
-from megatron_ext.collectives import broadcast, world_size
-from megatron_ext.context import ParallelContext
+from megatron_ext.collectives import broadcast
 from megatron_ext.random import derive_seed
-from megatron_ext.topology import SINGLE, Groups, Topology
-from pangu.conversion.formats import open_weights
 from pangu.errors import InputError
 from pangu.inference.cpu_weights import arrange_for_cpu, quantize
 from pangu.inference.kv_cache import make_caches
+from pangu.inference.loading import load
 from pangu.inference.sampling import Penalties, Sampling, sample
 from pangu.inference.streaming import TextStream, decoded_stops
 from pangu.model.block import Cache
@@ -35,8 +33,6 @@ from pangu.model.model import PanguModel, gather_logits
 from pangu.tokenizer import PanguTokenizer
 
 DEFAULT_NEW_TOKENS = 100
-COLLECTIVE_TIMEOUT_SECONDS = 1800.0
-"""The first collective waits for the slowest rank to read its weights."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +105,8 @@ class TextGenerator:
     def from_directory(cls, path: Path | str, *, int8: bool = False) -> TextGenerator:
         """Load weights of any format with the `vocab.model` beside them; under torchrun, split over all processes.
 
-        Weights keep their dtype on an accelerator and become fp32 on a CPU, where 16 bits are slow.
-
         Args:
-            path: the weights.
+            path: the weights (see `pangu.inference.loading`).
             int8: compute with 8-bit weights: several times faster, a little less exact; one process on a CPU (`quantize`).
 
         Raises:
@@ -123,27 +117,12 @@ class TextGenerator:
         if int8 and (num_ranks > 1 or accelerator.device().type != "cpu"):
             place = f"{num_ranks} processes" if num_ranks > 1 else accelerator.device().type
             raise InputError(f"int8 works in one process on a CPU; found {place}. Leave it out, or start one process without accelerators.")
-        weights = open_weights(path)
-        if weights.tokenizer is None:
-            raise InputError(f"{path}: no vocab.model lies beside the weights. Put the one there that the model was trained with.")
-        tokenizer = PanguTokenizer(weights.tokenizer)
-        if weights.config.num_heads % num_ranks:
-            raise InputError(
-                f"{num_ranks} processes do not divide the {weights.config.num_heads} attention heads of {path}. "
-                "Start as many processes as divide them (torchrun --nproc-per-node N)."
-            )
-        group = SINGLE
-        if num_ranks > 1:
-            accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
-            group = Groups.create(Topology.from_world_size(world_size(), tensor=world_size(), pipeline=1)).tensor
-        device = accelerator.device()
-        dtype = torch.float32 if device.type == "cpu" or weights.dtype == torch.float64 else weights.dtype
-        model = PanguModel(weights.config, ParallelContext(tensor=group, device=device, dtype=dtype, fill=weights.fill))
+        loaded = load(Path(path))
         if int8:
-            quantize(model)
-        elif device.type == "cpu":
-            arrange_for_cpu(model)
-        return cls(model, tokenizer)
+            quantize(loaded.model)
+        elif accelerator.device().type == "cpu":
+            arrange_for_cpu(loaded.model)
+        return cls(loaded.model, loaded.tokenizer)
 
     def generate(
         self,

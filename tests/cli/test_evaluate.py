@@ -109,7 +109,7 @@ def test_sampling_does_not_depend_on_the_batch(weights: Path, tmp_path: Path) ->
         (["--task", "wplc", "--data", DATA / "wplc", "--shots", 2], "wplc has no training examples"),
         (["--task", "c3", "--data", DATA / "c3", "--shots", -1], "--shots -1: expected 0 or more"),
         (["--task", "c3", "--data", DATA / "c3", "--limit", 0], "--limit 0: expected 1 or more"),
-        (["--task", "c3", "--data", DATA / "c3", "--tensor-parallel", 3], "--tensor-parallel 3 does not divide the 4 attention heads"),
+        (["--task", "c3", "--data", DATA / "c3", "--tensor-parallel", 3], "3 processes do not divide the 4 attention heads"),
         (["--task", "c3", "--data", DATA / "c3", "--tensor-parallel", 2], "1 processes cannot be arranged"),
         (["--task", "c3", "--data", DATA / "c3", "--model", DATA / "c3"], "no known format"),
         (["--task", "c3", "--data", DATA / "c3", "--output", "results.txt"], "a name that ends in .json expected"),

@@ -1,0 +1,64 @@
+"""A model and its tokenizer from weights of any format, over the processes that run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_ext import accelerator
+from megatron_ext.context import ParallelContext
+from megatron_ext.topology import Groups, Topology
+from pangu.conversion.formats import open_weights
+from pangu.errors import InputError
+from pangu.model.model import PanguModel
+from pangu.tokenizer import PanguTokenizer
+
+COLLECTIVE_TIMEOUT_SECONDS = 1800.0
+"""The first collective waits for the slowest rank to read its weights."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """This rank's part."""
+
+    model: PanguModel
+    tokenizer: PanguTokenizer
+    groups: Groups
+    """Ranks of a tensor-parallel group share one copy of the model; each data-parallel rank has a copy of its own."""
+
+
+def load(path: Path, tensor_parallel: int | None = None) -> Loaded:
+    """Read the weights. They keep their dtype on an accelerator and become fp32 on a CPU, where 16 bits are slow.
+
+    Args:
+        path: weights of any format with the `vocab.model` beside them.
+        tensor_parallel: processes that share a copy of the model; None: all.
+
+    Raises:
+        InputError: if the weights or their tokenizer are not usable, or the heads do not divide.
+        LayoutError: if the processes are no multiple of `tensor_parallel`.
+    """
+    weights = open_weights(path)
+    if weights.tokenizer is None:
+        raise InputError(f"{path}: no vocab.model lies beside the weights. Put the one there that the model was trained with.")
+    tokenizer = PanguTokenizer(weights.tokenizer)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    tensor_parallel = num_ranks if tensor_parallel is None else tensor_parallel
+    if tensor_parallel < 1 or weights.config.num_heads % tensor_parallel:
+        raise InputError(
+            f"{tensor_parallel} processes do not divide the {weights.config.num_heads} attention heads of {path}. "
+            "Choose a number that does."
+        )
+    topology = Topology.from_world_size(num_ranks, tensor=tensor_parallel, pipeline=1)
+    if num_ranks > 1:
+        accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
+        groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
+    else:
+        groups = Groups.describe(topology, 0)
+    device = accelerator.device()
+    dtype = torch.float32 if device.type == "cpu" or weights.dtype == torch.float64 else weights.dtype
+    context = ParallelContext(tensor=groups.tensor, device=device, dtype=dtype, fill=weights.fill)
+    return Loaded(PanguModel(weights.config, context), tokenizer, groups)

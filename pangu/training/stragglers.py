@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from megatron_ext import accelerator
 from megatron_ext.collectives import all_gather_objects
@@ -38,9 +39,6 @@ class StragglerReport:
         self._groups = groups
         self._waited, self._items = 0.0, 0
         self._in_a_row: Counter[tuple[int, str]] = Counter()
-        width = _WIDTH_ON_CPU if accelerator.device().type == "cpu" else _WIDTH
-        # A pattern and no random numbers: no stream must move.
-        self._matrix = torch.arange(width * width, device=accelerator.device(), dtype=torch.float32).view(width, width).sin_()
 
     def timed(self, items: Iterator[Item]) -> Iterator[Item]:
         """The items, while the time spent waiting for them is counted."""
@@ -74,14 +72,20 @@ class StragglerReport:
 
     def _product(self) -> float:
         """Seconds of one product, the fastest of a few."""
-        fastest = float("inf")
+        fastest, matrix = float("inf"), _matrix()  # not kept: on an accelerator it is 64 MB
         for _ in range(_PRODUCTS):
             accelerator.synchronize()
             began = time.perf_counter()
-            self._matrix @ self._matrix
+            matrix @ matrix
             accelerator.synchronize()
             fastest = min(fastest, time.perf_counter() - began)
         return fastest
+
+
+def _matrix() -> Tensor:
+    """The same on every rank; a pattern and no random numbers, for no stream must move."""
+    width = _WIDTH_ON_CPU if accelerator.device().type == "cpu" else _WIDTH
+    return torch.arange(width * width, device=accelerator.device(), dtype=torch.float32).view(width, width).sin_()
 
 
 def slow_ranks(seconds: Sequence[float], least: float = 0.0) -> list[int]:

@@ -58,6 +58,7 @@ class TrainingLoop:
         self._saver = CheckpointSaver(engine)
         self._check = ReplicaCheck(engine) if self._config.run.consistency_every else None
         self._stragglers = StragglerReport(engine.groups)
+        self._peak = accelerator.peak_flops()
         self._rollbacks = 0
         """Returns to `_checkpoint`."""
 
@@ -185,7 +186,6 @@ class TrainingLoop:
         """One step's line of metrics.jsonl."""
         config, progress = self._config, self._progress
         speed = config.train.global_batch_size * config.train.sequence_length / seconds
-        peak = accelerator.peak_flops()
         return {
             "step": progress.step,
             "loss": result.loss if math.isfinite(result.loss) else None,
@@ -195,7 +195,7 @@ class TrainingLoop:
             "consumed_tokens": progress.consumed_tokens,
             "step_seconds": seconds,
             "tokens_per_second": speed,
-            "mfu": speed * flops_per_token(config) / (peak * self._engine.groups.topology.world_size) if peak else None,
+            "mfu": speed * flops_per_token(config) / (self._peak * self._engine.groups.topology.world_size) if self._peak else None,
             "loss_scale": result.loss_scale,
             "skipped": True if result.skipped else None,
         }

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_ext.topology import Topology
+from megatron_ext.topology import Order, Topology
 from pangu.config_file import apply_override, read_json, read_yaml
 from pangu.errors import InputError
 from pangu.presets import MODEL_PRESETS, Preset, num_parameters
@@ -95,6 +95,12 @@ class ParallelConfig(Section):
     """Ranks that share each layer's matrices. Keep it inside one server."""
     pipeline: Count = 1
     """Stages the layers are cut into. More than one needs `zero_stage` 1."""
+    stage_layers: list[CountOrZero] | None = None
+    """Transformer layers of each pipeline stage, the query layer included; null = balanced by parameters. The first stage holds the
+    embeddings besides, the last the logits; only these two may have 0."""
+    order: Order = "tp-dp-pp"
+    """Which ranks are neighbours. Tensor-parallel ones always; next in `tp-dp-pp` data-parallel ones, in `tp-pp-dp` the stages of a
+    pipeline, as in the paper."""
     sequence: bool = False
     """Sequence parallelism: split what tensor parallelism leaves whole along the sequence. Less memory, the same traffic."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -340,6 +346,17 @@ def validate_layout(config: Config, world_size: int) -> Topology:
             f"parallel.pipeline = {parallel.pipeline} is more stages than model.num_layers = {model.num_layers}"
             f"{_preset_note(model, 'num_layers')}. Choose {model.num_layers} or fewer."
         )
+    if (counts := parallel.stage_layers) is not None:
+        given = f"parallel.stage_layers = {counts}"
+        if len(counts) != parallel.pipeline:
+            raise InputError(f"{given} has {len(counts)} stages, but parallel.pipeline = {parallel.pipeline}. Make the two agree.")
+        if sum(counts) != model.num_layers:
+            raise InputError(
+                f"{given} has {sum(counts)} layers, but model.num_layers = {model.num_layers}{_preset_note(model, 'num_layers')}. "
+                "The query layer counts; make the two agree."
+            )
+        if 0 in counts[1:-1]:
+            raise InputError(f"{given} leaves stage {counts.index(0, 1)} empty. Only the first and the last may have 0 layers.")
     if parallel.pipeline > 1 and parallel.zero_stage != 1:
         reason = (
             "DeepSpeed without ZeRO leaves the later stages out of the gradient norm"
@@ -355,7 +372,7 @@ def validate_layout(config: Config, world_size: int) -> Topology:
             f"parallel.zero_stage = 0 does not work with train.precision = {train.precision}: DeepSpeed's 16-bit optimizer without ZeRO "
             "clips by each rank's own gradient norm. Set parallel.zero_stage=1, or train.precision=fp32."
         )
-    layout = Topology.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    layout = Topology.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, order=parallel.order)
     deepspeed_config(config, layout)  # refuses batch arithmetic and a JSON that contradicts
     return layout
 

@@ -40,7 +40,7 @@ class Plan:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     interleave: int = 1
-    """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule: only measured runs of others do."""
+    """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule; measured runs of others do."""
 
     def micro_batches(self, workload: Workload) -> int:
         """Micro-batches a pipeline computes for one optimizer step."""

@@ -95,9 +95,9 @@ class ParallelConfig(Section):
     """Ranks that share each layer's matrices. Keep it inside one server."""
     pipeline: Count = 1
     """Stages the layers are cut into. More than one needs `zero_stage` 1."""
-    stage_layers: list[CountOrZero] | None = None
+    stage_layers: list[Count] | None = None
     """Transformer layers of each pipeline stage, the query layer included; null = balanced by parameters. The first stage holds the
-    embeddings besides, the last the logits; only these two may have 0."""
+    embeddings besides, the last the logits."""
     order: Order = "tp-dp-pp"
     """Which ranks are neighbours. Tensor-parallel ones always; next in `tp-dp-pp` data-parallel ones, in `tp-pp-dp` the stages of a
     pipeline, as in the paper."""
@@ -355,8 +355,6 @@ def validate_layout(config: Config, world_size: int) -> Topology:
                 f"{given} has {sum(counts)} layers, but model.num_layers = {model.num_layers}{_preset_note(model, 'num_layers')}. "
                 "The query layer counts; make the two agree."
             )
-        if 0 in counts[1:-1]:
-            raise InputError(f"{given} leaves stage {counts.index(0, 1)} empty. Only the first and the last may have 0 layers.")
     if parallel.pipeline > 1 and parallel.zero_stage != 1:
         reason = (
             "DeepSpeed without ZeRO leaves the later stages out of the gradient norm"

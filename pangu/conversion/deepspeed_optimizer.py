@@ -185,7 +185,7 @@ def _stage_layers(checkpoint: Checkpoint, config: ModelConfig) -> Sequence[int]:
         raise InputError(f"{checkpoint.folder}: {num_stages} pipeline stages in its manifest for {config.num_layers} layers.")
     if layers is None:
         return balanced_layers(config, num_stages)
-    well_formed = type(layers) is list and len(layers) == num_stages and all(type(count) is int and count >= 0 for count in layers)
+    well_formed = type(layers) is list and len(layers) == num_stages and all(type(count) is int and count > 0 for count in layers)
     if not well_formed or sum(layers) != config.num_layers:
         raise InputError(
             f"{checkpoint.folder}: its manifest's parallel.stage_layers = {str(layers)[:80]}, but {num_stages} stages with "

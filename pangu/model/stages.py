@@ -1,7 +1,8 @@
 """Which layers each stage of a pipeline holds.
 
-A cut is written as the transformer layers of each stage, the query layer included. The embeddings always belong to the first stage and the
-logits to the last; the final LayerNorm goes with what reads it: the query layer, or the logits.
+A cut is written as the transformer layers of each stage, the query layer included. The embeddings belong to the first stage, the logits to
+the last, and the final LayerNorm to the query layer's, which is the last too. No stage is without a layer: DeepSpeed's gradient norm takes
+one collective for each group of parameters, and a stage that has only tables, which all decay, would have one less than the others.
 """
 
 from __future__ import annotations
@@ -21,36 +22,25 @@ def stage_layers(config: Config) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def balanced_layers(config: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """The cut whose heaviest stage is as light as can be."""
-    if num_stages == 1:
-        return (config.num_layers,)
-    bounds = balance(unit_costs(config), num_stages)
-    # The first unit, the embeddings, and the last, the logits, are no layers.
-    inner = [min(max(bound - 1, 0), config.num_layers) for bound in bounds]
-    return tuple(end - begin for begin, end in pairwise(inner))
+    return tuple(end - begin for begin, end in pairwise(balance(layer_costs(config), num_stages)))
 
 
-def unit_costs(config: ModelConfig) -> list[int]:
-    """What each part that is never cut weighs when stages are balanced: embeddings, each layer, logits. The weight is its parameters.
+def layer_costs(config: ModelConfig) -> list[int]:
+    """What each layer weighs when stages are balanced: its parameters and those of what always goes with it.
 
     A layer's time, memory and optimizer step go with its parameters; so do those of the logits, and the embedding's memory and step.
     """
     h, f = config.hidden_size, config.ffn_hidden_size
-    words, positions, layer, norm = config.vocab_size * h, config.max_positions * h, 4 * h * h + 2 * h * f + 9 * h + f, 2 * h
-    top = [layer + positions + norm, words] if config.final_norm == "before_query" else [layer + positions, norm + words]
-    return [words + positions, *[layer] * (config.num_layers - 1), *top]
+    words, positions, norm = config.vocab_size * h, config.max_positions * h, 2 * h
+    costs = [4 * h * h + 2 * h * f + 9 * h + f] * config.num_layers
+    costs[0] += words + positions
+    costs[-1] += positions + norm + words
+    return costs
 
 
 def stage_bounds(config: ModelConfig, layers: Sequence[int]) -> list[int]:
-    """Stage s holds `pipeline_layers[bounds[s]:bounds[s + 1]]` (pangu.model.pipeline).
-
-    Args:
-        config: the model.
-        layers: transformer layers of each stage.
-    """
-    # Word and position embeddings come before the layers; before the query layer may come the final LayerNorm, and go to its stage.
-    with_norm = 1 if config.final_norm == "before_query" else 0
-    ends = [2 + done + (with_norm if done == config.num_layers else 0) for done in accumulate(layers)]
-    return [0, *ends[:-1], config.num_layers + 4]
+    """Stage s of those with so many layers holds `pipeline_layers[bounds[s]:bounds[s + 1]]` (pangu.model.pipeline)."""
+    return [0, *(2 + done for done in list(accumulate(layers))[:-1]), config.num_layers + 4]
 
 
 def balance(costs: Sequence[int], num_parts: int) -> list[int]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pangu.config import ModelConfig
-from pangu.model.stages import balance, balanced_layers, stage_bounds, unit_costs
-from pangu.presets import num_parameters
+from pangu.model.stages import balance, balanced_layers, layer_costs, stage_bounds
+from pangu.presets import MODEL_PRESETS, Preset, num_parameters
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -40,17 +40,12 @@ def test_one_stage_has_all() -> None:
     assert stage_bounds(config, (3,)) == [0, 7]
 
 
-def test_the_final_norm_goes_with_what_reads_it() -> None:
-    """Layers of a model of three: words, positions, two blocks, then norm, query layer, words or query layer, norm, words."""
-    before, after = (
-        ModelConfig(num_layers=3, hidden_size=64, num_heads=4, final_norm=place)  # type: ignore[arg-type]
-        for place in ("before_query", "after_query")
-    )
-    assert stage_bounds(before, (2, 1)) == [0, 4, 7]
-    assert stage_bounds(after, (2, 1)) == [0, 4, 7]
-    assert stage_bounds(before, (3, 0)) == [0, 6, 7]
-    assert stage_bounds(after, (3, 0)) == [0, 5, 7]
-    assert stage_bounds(after, (0, 3)) == [0, 2, 7]
+@pytest.mark.parametrize("preset", MODEL_PRESETS)
+def test_no_stage_is_without_a_layer(preset: Preset) -> None:
+    config = ModelConfig(preset=preset)  # type: ignore[call-arg]
+    for stages in range(1, config.num_layers + 1):
+        layers = balanced_layers(config, stages)
+        assert len(layers) == stages and sum(layers) == config.num_layers and min(layers) >= 1
 
 
 def test_a_large_vocabulary_counts_like_layers() -> None:
@@ -62,4 +57,4 @@ def test_a_large_vocabulary_counts_like_layers() -> None:
 
 def test_costs_are_the_layers_parameters() -> None:
     config = ModelConfig(num_layers=5, hidden_size=64, num_heads=4, vocab_size=300, ffn_hidden_size=100)
-    assert sum(unit_costs(config)) == num_parameters(config) + 300 * 64  # the tied table stands at both ends
+    assert sum(layer_costs(config)) == num_parameters(config) + 300 * 64  # the tied table stands at both ends

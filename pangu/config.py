@@ -418,8 +418,7 @@ def deepspeed_config(config: Config, layout: Topology) -> dict[str, Any]:
     if precision == "fp16":
         loss_scale = {"loss_scale": 0, "initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
         result["fp16"] = loss_scale | result["fp16"]
-    # A bucket larger than the model is memory for nothing; 500,000,000 elements is DeepSpeed's own default.
-    result["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, num_parameters(config.model)))
+    result["zero_optimization"].setdefault("reduce_bucket_size", default_bucket_size(config.model))
     ours_where_unsaid = {
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloading works with any torch optimizer; DeepSpeed's own needs a compiler
@@ -429,6 +428,11 @@ def deepspeed_config(config: Config, layout: Topology) -> dict[str, Any]:
         "checkpoint": {"tag_validation": "Ignore"},
     }
     return ours_where_unsaid | result
+
+
+def default_bucket_size(model: ModelConfig) -> int:
+    """Elements that DeepSpeed reduces at once: a bucket larger than the model is memory for nothing, 500,000,000 is DeepSpeed's own."""
+    return min(500_000_000, num_parameters(model))
 
 
 def _preset_note(model: ModelConfig, key: str) -> str:

@@ -12,7 +12,8 @@ from megatron_ext.topology import Groups, Topology
 from pangu.config import Config, deepspeed_config, gradient_accumulation_steps
 from pangu.model.block import Block, RunOptions
 from pangu.model.model import PanguModel
-from pangu.model.pipeline import pipeline_layers, stage_bounds
+from pangu.model.pipeline import pipeline_layers
+from pangu.model.stages import stage_bounds, stage_layers
 from pangu.planner.memory import MemoryEstimate, estimate_memory
 from pangu.presets import num_parameters
 
@@ -40,7 +41,7 @@ def stage_reports(config: Config, topology: Topology) -> list[StageReport]:
         if topology.pipeline == 1:
             modules: list[torch.nn.Module] = [PanguModel(config.model, context)]
         else:
-            bounds = stage_bounds(config.model, topology.pipeline)
+            bounds = stage_bounds(config.model, stage_layers(config))
             specs = pipeline_layers(config.model, context, RunOptions())[bounds[stage] : bounds[stage + 1]]
             modules = [spec.build() for spec in specs]
         layers = sum(isinstance(module, Block) for root in modules for module in root.modules())

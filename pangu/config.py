@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_ext.topology import Topology
-from pangu.config_file import apply_override, read_json, read_yaml
+from pangu.config_file import apply_override, first_problem, read_json, read_yaml
 from pangu.errors import InputError
 from pangu.presets import MODEL_PRESETS, Preset, num_parameters
 
@@ -463,21 +463,12 @@ def _nearest_keys(unknown: str) -> list[str]:
 
 
 def _refuse(error: ValidationError, path: Path, overridden: list[str]) -> NoReturn:
-    """Turn pydantic's report into one line about the first mistake; a misspelt key comes before the missing one that it leaves."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    key = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        text = f"unknown key {key}. Nearest: {', '.join(_nearest_keys(key))}."
-    elif problem["type"] == "missing":
-        text = f"{key} is missing." + (f" Or give model.preset: {', '.join(MODEL_PRESETS)}." if key.startswith("model") else "")
-    elif problem["type"] == "value_error":
-        text = str(problem["ctx"]["error"])
-    elif problem["type"] == "model_type":
-        text = f"{key} = {problem['input']!r}, but a section of keys is expected."
-    else:
-        text = f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
-    unknown_section = problem["type"] == "extra_forbidden" and any(name.startswith(f"{key}.") for name in overridden)
+    """Turn pydantic's report into one line about the first mistake, with the keys that may have been meant."""
+    kind, key, text, more = first_problem(error)
+    if kind == "extra_forbidden":
+        text += f" Nearest: {', '.join(_nearest_keys(key))}."
+    elif kind == "missing" and key.startswith("model"):
+        text += f" Or give model.preset: {', '.join(MODEL_PRESETS)}."
+    unknown_section = kind == "extra_forbidden" and any(name.startswith(f"{key}.") for name in overridden)
     from_override = unknown_section or any(key == name or key.startswith(f"{name}.") for name in overridden)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     raise InputError(f"{'override' if from_override else path}: {text}{more}")

@@ -44,22 +44,24 @@ class MeasuredLink(Section):
 class Profile(Section):
     """What a software stack makes of the figures of a cluster."""
 
-    matmul_efficiency: Share = 0.85
+    matmul_efficiency: Share = 0.88
     """Of the peak, by a matrix product with endless sides."""
-    matmul_saturation: Positive = 1.5
-    """A side of this many times (peak / memory bandwidth) FLOP/byte doubles a product's time: 1 if the operands are read once."""
-    memory_efficiency: Share = 0.7
+    matmul_saturation: Positive = 2.2
+    """Sides N and K of this many times (peak / memory bandwidth) FLOP/byte each add a product's time once more."""
+    token_saturation: Positive = 3.6
+    """The same for M, the tokens of a micro-batch."""
+    memory_efficiency: Share = 0.73
     """Of the memory bandwidth, by LayerNorm, dropout, GELU, softmax, residual sums and the optimizer."""
-    server_efficiency: Share = 0.65
+    server_efficiency: Share = 0.53
     """Of the links inside a server, by collectives."""
-    network_efficiency: Share = 0.7
+    network_efficiency: Share = 0.53
     """Of the network between servers."""
-    unaligned: Annotated[float, Field(ge=1.0)] = 4.0
+    unaligned: Annotated[float, Field(ge=1.0)] = 5.2
     """How many times longer a product takes whose inner sides are no multiples of 8 elements: matrix units need 16 bytes."""
     overhead_us: Annotated[float, Field(ge=0.0)] = 5.0
     """Microseconds to start one operator."""
-    overlap: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
-    """Share of the computation under which DeepSpeed's ZeRO-2 and ZeRO-3 hide their traffic. A pipeline reduces after its last backward pass."""
+    overlap: Annotated[float, Field(ge=1.0)] = 3.0
+    """How well ZeRO-3 traffic hides under the computation: exponent k of (traffic^k + computation^k)^(1/k), 1 = not at all."""
     matmuls: list[MeasuredMatmul] = []
     links: list[MeasuredLink] = []
 

@@ -34,6 +34,8 @@ CLUSTERS = {
     "Ascend910B": "ascend910b",
 }
 """File of ds_configs/clusters for each name in the column `hardware`."""
+STACKS = {"Megatron-DeepSpeed": ("BLOOM", "MT-NLG", "GLM", "DeepSpeed"), "Megatron-LM": ("Megatron", "Korthikanti")}
+"""Software, by words in the name of a family."""
 MICRO_BATCHES = (1, 2, 4, 8)
 """Tried where a row does not say."""
 MAX_BYTES = 64 << 20
@@ -62,9 +64,15 @@ class Run:
     """What was assumed."""
 
     @property
-    def group(self) -> str:
-        """Runs of one machine and software: the family, and the date where there is one."""
-        return f"{self.family} {self.date}".strip()
+    def fp32_gradients(self) -> bool:
+        """Megatron and its DeepSpeed branch add up bf16 gradients in fp32."""
+        return self.workload.precision == "bf16" and self.groups[0] in STACKS
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What it shares its speed with, from the widest: the software stack, the family, and the family on that day where there is one."""
+        stack = next((stack for stack, words in STACKS.items() if any(word in self.family for word in words)), "other software")
+        return stack, self.family, *([f"{self.family} {self.date}"] if self.date else [])
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ class TimeModel:
         self._peak = device.peak_tflops[workload.precision].value * 1e12  # type: ignore[index]
         self._bandwidth = device.memory_bandwidth.value * 1e9 * profile.memory_efficiency
         self._host = device.host_bandwidth.value * 1e9
-        self._saturation = profile.matmul_saturation * self._peak / (device.memory_bandwidth.value * 1e9) * 2 / self.element
+        balance = self._peak / (device.memory_bandwidth.value * 1e9) * self.element / 2
+        self._saturation = profile.matmul_saturation * balance
+        self._token_saturation = profile.token_saturation * balance
         self._formula = [2e-12 * x.m * x.n * x.k / self._formula_seconds(x.m, x.n, x.k) for x in profile.matmuls]
         self._layer_parameters = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_hidden_size
         self._layers: dict[tuple[int, int, bool, Recompute], Piece] = {}
@@ -127,9 +129,9 @@ class TimeModel:
         )
 
     def matmul(self, m: float, n: float, k: float) -> float:
-        """Seconds of the product of an M x K with a K x N matrix.
+        """Seconds of the product of an M x K with a K x N matrix: FLOPs / (peak e) (1 + m/M + c/N + c/K).
 
-        Time grows with what is computed and with the bytes moved: FLOPs / (peak e) (1 + c (1/M + 1/N + 1/K)).
+        c/N and c/K are the bytes of the operands and the result; m/M, with tokens as M, is also what each micro-batch pays once.
         """
         seconds = self._formula_seconds(m, n, k)
         if self.profile.matmuls:
@@ -137,7 +139,7 @@ class TimeModel:
         return seconds
 
     def _formula_seconds(self, m: float, n: float, k: float) -> float:
-        slower = 1.0 + self._saturation * (1 / m + 1 / n + 1 / k)
+        slower = 1.0 + self._token_saturation / m + self._saturation * (1 / n + 1 / k)
         return 2.0 * m * n * k / (self._peak * self.profile.matmul_efficiency) * slower
 
     def _layer(self, plan: Plan) -> Piece:
@@ -228,11 +230,10 @@ class TimeModel:
         passes = sum(plan.stage_layers) / layout.pipeline * layer.total * micro_batches
         if plan.zero_stage == 3:
             # Weights are gathered for the forward and the backward pass, gradients scattered after it; DeepSpeed does so tensor by tensor.
-            traffic = 3 * micro_batches * network.flat_gather(bytes_, layout.data, stride)
-            data = max(0.0, traffic - self.profile.overlap * passes)
+            data = self._not_hidden(3 * micro_batches * network.flat_gather(bytes_, layout.data, stride), passes)
         elif plan.zero_stage == 2:
-            once = network.gather(bytes_, layout.data, stride)
-            data = max(0.0, micro_batches * once - self.profile.overlap * passes) + once
+            # Gradients are scattered after every micro-batch, weights gathered after the update. DeepSpeed overlaps neither unless told to.
+            data = (micro_batches + 1) * network.gather(bytes_, layout.data, stride)
         else:
             data = network.all_reduce(bytes_, layout.data, stride)
         if layout.pipeline > 1:  # first and last stage sum the gradients of the token embedding that they share
@@ -247,3 +248,8 @@ class TimeModel:
         if plan.offload_parameters:
             data += 2 * micro_batches * bytes_ / layout.data / self._host
         return data, optimizer
+
+    def _not_hidden(self, traffic: float, computation: float) -> float:
+        """What traffic adds to the computation that it runs beside: between all of it (exponent 1) and what exceeds it (endless)."""
+        exponent = self.profile.overlap
+        return (traffic**exponent + computation**exponent) ** (1 / exponent) - computation

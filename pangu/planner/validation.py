@@ -1,13 +1,13 @@
 """Fit the constants of the time model to published runs, and predict others.
 
-The fit is small on purpose: six constants of a profile, each held near what is known of such hardware, and a speed of each family of runs
+The fit is small on purpose: seven constants of a profile, each held near what is known of such hardware, and a speed of each family of runs
 and of each day within it, held near 1. Runs of a family that was not fitted get speed 1. Nothing is drawn at random.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +22,20 @@ from pangu.planner.reference import Run
 from pangu.planner.time import TimeModel
 
 PRIORS = {
-    "matmul_efficiency": 0.15,
-    "matmul_saturation": 0.4,
-    "memory_efficiency": 0.25,
-    "server_efficiency": 0.25,
-    "network_efficiency": 0.3,
-    "unaligned": 0.3,
+    "matmul_efficiency": (0.85, 0.05),
+    "matmul_saturation": (2.0, 0.3),
+    "token_saturation": (4.0, 0.5),
+    "memory_efficiency": (0.7, 0.2),
+    "server_efficiency": (0.65, 0.2),
+    "network_efficiency": (0.7, 0.3),
+    "unaligned": (4.0, 0.3),
 }
-"""The constants that are fitted, and how far (standard deviation of the logarithm) each may be from the default of `Profile`."""
-FAMILY_SPREAD, DATE_SPREAD, NOISE = 0.12, 0.05, 0.04
-"""Standard deviations of the logarithm of a family's speed, of a day's speed within its family, and of a run's time."""
+"""The constants that are fitted: what such hardware is known to reach, and how far from it the fit may go (standard deviation of the
+logarithm). They are not the defaults of `Profile`, which come out of the fit."""
+GROUP_SPREADS = (0.15, 0.06, 0.04)
+"""Standard deviations of the logarithm of the speed of a software stack, of a family within it, and of a day within its family."""
+NOISE = 0.03
+"""That of a run's time."""
 OUTLIER = 1.5
 """Residuals beyond so many standard deviations count by their size, not by its square (Huber)."""
 STEPS = 30
@@ -44,11 +48,11 @@ class Fit:
 
     profile: Profile
     slowness: dict[str, float]
-    """Logarithm, by family and by group (family and day)."""
+    """Logarithm, by software stack, family, and family and day; a run's own is the sum of those that are known."""
 
     def predict(self, run: Run) -> float:
         """Seconds of a step of a run."""
-        return fastest(run, self.profile) * math.exp(sum(self.slowness.get(name, 0.0) for name in {run.family, run.group}))
+        return fastest(run, self.profile) * math.exp(sum(self.slowness.get(name, 0.0) for name in run.groups))
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,15 @@ class Score:
     """Of those, the pairs that are predicted in the right order."""
 
 
-def is_feasible(workload: Workload, plan: Plan, cluster: Cluster) -> bool:
-    """Whether every stage of a plan fits in device memory, a tenth and a gigabyte left free."""
+def is_feasible(workload: Workload, plan: Plan, cluster: Cluster, *, fp32_gradients: bool = False) -> bool:
+    """Whether every stage of a plan fits in device memory, a tenth and a gigabyte left free.
+
+    Args:
+        workload: what is trained.
+        plan: how it is split.
+        cluster: what on.
+        fp32_gradients: the software adds up micro-batches in fp32, beside the 16-bit gradients.
+    """
     model, layout, element = workload.model, plan.layout, BYTES[workload.precision]
     tokens = plan.micro_batch_size * workload.sequence_length
     table = model.vocab_size * model.hidden_size
@@ -87,8 +98,9 @@ def is_feasible(workload: Workload, plan: Plan, cluster: Cluster) -> bool:
 
     for stage, layers in enumerate(plan.stage_layers):
         ends = (stage == 0) + (stage == layout.pipeline - 1 and layout.pipeline > 1)
+        parameters = (layers * layer_parameters + ends * table) // layout.tensor
         states = model_state_bytes(
-            (layers * layer_parameters + ends * table) // layout.tensor,
+            parameters,
             zero_stage=plan.zero_stage,
             precision=workload.precision,
             data_parallel_size=layout.data,
@@ -102,43 +114,48 @@ def is_feasible(workload: Workload, plan: Plan, cluster: Cluster) -> bool:
         if stage == layout.pipeline - 1:
             working += tokens * math.ceil(model.vocab_size / layout.tensor) * (element + 2 * FP32_BYTES)
         total = states.weights + states.gradients + states.optimizer + states.buffers + max(working, states.step)
+        total += FP32_BYTES * parameters if fp32_gradients else 0
         if total > cluster.device.memory_gib.value * 2**30 * 0.9 - 2**30:
             return False
     return True
 
 
+def fits(run: Run) -> bool:
+    """Whether a run has a micro-batch size that fits."""
+    return any(is_feasible(run.workload, plan, run.cluster, fp32_gradients=run.fp32_gradients) for plan in run.plans)
+
+
 def fastest(run: Run, profile: Profile) -> float:
     """Seconds of a step with the best micro-batch size that a run leaves possible, of those that fit if any does."""
     model = TimeModel(run.workload, run.cluster, profile)
-    plans = run.plans if len(run.plans) == 1 else [plan for plan in run.plans if is_feasible(run.workload, plan, run.cluster)]
-    return min(model.step(plan).total for plan in plans or run.plans)
+    plans = run.plans
+    if len(plans) > 1:
+        plans = tuple(x for x in plans if is_feasible(run.workload, x, run.cluster, fp32_gradients=run.fp32_gradients)) or plans
+    return min(model.step(plan).total for plan in plans)
 
 
-def fit(runs: Sequence[Run], start: Profile | None = None) -> Fit:
+def fit(runs: Sequence[Run]) -> Fit:
     """Constants and speeds that explain measured runs best: the maximum of their posterior, by damped Gauss-Newton steps.
 
     Args:
         runs: those without a measured time are left out.
-        start: what the constants are held near to.
 
     Raises:
         InputError: fewer than three runs have a measured time.
     """
-    start = start or Profile()
     timed = [run for run in runs if run.seconds is not None]
     if len(timed) < MIN_RUNS:
         raise InputError(f"{len(timed)} runs with a measured iter_s can be understood, but {MIN_RUNS} or more are needed for a fit.")
-    families = sorted({run.family for run in timed})
-    days = sorted({run.group for run in timed if run.date})
+    groups = sorted({(depth, name) for run in timed for depth, name in enumerate(run.groups)})
     names = list(PRIORS)
-    default = np.log([getattr(start, name) for name in names])
-    spread = np.array([*PRIORS.values(), *[FAMILY_SPREAD] * len(families), *[DATE_SPREAD] * len(days)])
+    default = np.log([centre for centre, _ in PRIORS.values()])
+    spread = np.array([*(spread for _, spread in PRIORS.values()), *(GROUP_SPREADS[depth] for depth, _ in groups)])
     measured = np.log([run.seconds for run in timed])
-    belongs = np.array([[run.family == x for x in families] + [run.group == x for x in days] for run in timed], dtype=float)
+    belongs = np.array([[depth < len(run.groups) and run.groups[depth] == name for depth, name in groups] for run in timed], dtype=float)
 
     def profile(constants: NDArray[np.float64]) -> Profile:
         values = dict(zip(names, np.exp(constants).tolist(), strict=True))
-        return start.model_copy(update={name: _allowed(name, value) for name, value in values.items()})
+        return Profile(**{name: _allowed(name, value) for name, value in values.items()})
 
     def model(constants: NDArray[np.float64]) -> NDArray[np.float64]:
         chosen = profile(constants)
@@ -149,7 +166,7 @@ def fit(runs: Sequence[Run], start: Profile | None = None) -> Fit:
         huber = np.where(size <= OUTLIER, size**2, 2 * OUTLIER * size - OUTLIER**2)
         return float(huber.sum() + ((unknowns - centre) ** 2 / spread**2).sum())
 
-    centre = np.concatenate([default, np.zeros(len(families) + len(days))])
+    centre = np.concatenate([default, np.zeros(len(groups))])
     unknowns, count = centre.copy(), len(names)
     predicted, damping = model(default), 1e-3
     for _ in range(STEPS):
@@ -176,7 +193,7 @@ def fit(runs: Sequence[Run], start: Profile | None = None) -> Fit:
         unknowns, predicted = trial, trial_predicted
         if before - after < 1e-6 * before:
             break
-    slowness = dict(zip([*families, *days], unknowns[count:].tolist(), strict=True))
+    slowness = dict(zip([name for _, name in groups], unknowns[count:].tolist(), strict=True))
     return Fit(profile(unknowns[:count]), slowness)
 
 
@@ -187,29 +204,28 @@ def score(runs: Sequence[Run], predictions: Sequence[float]) -> Score:
     pairs = right = 0
     for index, (run, predicted) in enumerate(timed):
         for other, other_predicted in timed[:index]:
-            if run.group == other.group and run.seconds != other.seconds:
+            if run.groups == other.groups and run.seconds != other.seconds:
                 pairs += 1
                 assert run.seconds is not None and other.seconds is not None
                 right += (run.seconds - other.seconds) * (predicted - other_predicted) > 0
     return Score(len(timed), sum(errors) / len(errors) if errors else math.nan, pairs, right)
 
 
-def cross_validate(runs: Sequence[Run], start: Profile | None = None) -> dict[str, Score]:
-    """Each family, and each day of a family that has several, predicted by a fit to all the others; by group."""
+def cross_validate(runs: Sequence[Run]) -> list[tuple[str, list[Run], list[float]]]:
+    """Each family, or each day of a family that has several, predicted by a fit to all the others.
+
+    Returns:
+        Name, measured runs and predicted seconds of each.
+    """
     timed = [run for run in runs if run.seconds is not None]
-    return {group: score(held, predicted) for group, held, predicted in _held_out(timed, lambda run: run.group, start)}
-
-
-def _held_out(
-    runs: Sequence[Run], key: Callable[[Run], str], start: Profile | None
-) -> list[tuple[str, list[Run], list[float]]]:
     found = []
-    for group in sorted({key(run) for run in runs}):
-        held = [run for run in runs if key(run) == group]
-        fitted = fit([run for run in runs if key(run) != group], start)
-        found.append((group, held, [fitted.predict(run) for run in held]))
+    for name in sorted({run.groups[-1] for run in timed}):
+        held = [run for run in timed if run.groups[-1] == name]
+        fitted = fit([run for run in timed if run.groups[-1] != name])
+        found.append((name, held, [fitted.predict(run) for run in held]))
     return found
 
 
 def _allowed(name: str, value: float) -> float:
-    return max(value, 1.0) if name == "unaligned" else value if name == "matmul_saturation" else min(value, 1.0)
+    """The nearest value that `Profile` accepts."""
+    return min(value, 1.0) if name.endswith("efficiency") else max(value, 1.0) if name == "unaligned" else value

@@ -91,4 +91,3 @@ class Network:
             return 0.0
         bandwidth, latency = self.rate(hops[-1].level, 2)
         return bytes_ / bandwidth + latency
-

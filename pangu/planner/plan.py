@@ -40,9 +40,9 @@ class Plan:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     interleave: int = 1
-    """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule: only measured runs of others do."""
+    """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule: only runs of others do."""
     order: Literal["tp-dp-pp", "tp-pp-dp"] = "tp-dp-pp"
-    """Axes of the grid of ranks, the one that varies fastest first: the first has replicas near and stages far, the second the reverse."""
+    """Axes of the grid of ranks, the one that varies fastest first: replicas near and stages far, or the reverse."""
 
     def micro_batches(self, workload: Workload) -> int:
         """Micro-batches a pipeline computes for one optimizer step."""

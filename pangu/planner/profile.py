@@ -62,11 +62,11 @@ class Profile(Section):
     """Microseconds to start one operator."""
     overlap: Annotated[float, Field(ge=1.0)] = 3.0
     """How well ZeRO-3 traffic hides under the computation: exponent k of (traffic^k + computation^k)^(1/k), 1 = not at all."""
-    matmuls: list[MeasuredMatmul] = []
-    links: list[MeasuredLink] = []
+    matmuls: tuple[MeasuredMatmul, ...] = ()
+    links: tuple[MeasuredLink, ...] = ()
 
     def correction(self, m: float, n: float, k: float, formula: list[float]) -> float:
-        """What to multiply the formula's time of a product by, from the measured ones near it (inverse square of the distance of logarithms).
+        """What to multiply the formula's time of a product by: mean over the measured ones, weighted by 1 / distance^2 of the logarithms.
 
         Args:
             m, n, k: sides of the product.

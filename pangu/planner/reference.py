@@ -21,9 +21,9 @@ from pangu.planner.hardware import Cluster, load_cluster
 from pangu.planner.plan import Plan, Recompute, Workload
 
 COLUMNS = (
-    "id family source layers hidden heads ffn vocab seq global_batch micro_batch tp pp interleave dp "
-    "zero recompute seqpar precision hardware n_devices iter_s mem_gb"
-).split()
+    *("id", "family", "source", "layers", "hidden", "heads", "ffn", "vocab", "seq", "global_batch", "micro_batch", "tp", "pp"),
+    *("interleave", "dp", "zero", "recompute", "seqpar", "precision", "hardware", "n_devices", "iter_s", "mem_gb"),
+)
 CLUSTERS = {
     "A100-80": "a100_80",
     "A100-40": "a100_40",
@@ -39,6 +39,7 @@ STACKS = {"Megatron-DeepSpeed": ("BLOOM", "MT-NLG", "GLM", "DeepSpeed"), "Megatr
 MICRO_BATCHES = (1, 2, 4, 8)
 """Tried where a row does not say."""
 MAX_BYTES = 64 << 20
+MAX_LAYERS = 10_000
 
 
 class UnclearRow(ValueError):
@@ -113,15 +114,15 @@ def read_runs(path: Path | str, clusters: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if missing := [column for column in COLUMNS if column not in (reader.fieldnames or [])]:
-            raise InputError(f"{path}: line 1: the column{'s' if len(missing) > 1 else ''} {', '.join(missing)} missing; found {text[:80]!r}.")
+            raise InputError(f"{path}: line 1: no column {', '.join(missing)}; found {text[:80]!r}.")
         rows = []
         for cells in reader:
             if None in cells or None in cells.values():
-                found = sum(value is not None for key, value in cells.items() if key) + len(cells.get(None) or [])  # type: ignore[call-overload]
+                found = sum(value is not None for key, value in cells.items() if key) + len(cells.get(None) or [])
                 raise InputError(f"{path}: line {reader.line_num}: {found} cells, but the first line names {len(reader.fieldnames or [])}.")
             try:
                 rows.append(Row(cells["id"], _run(cells, cluster)))
-            except (UnclearRow, InputError) as error:
+            except ValueError as error:
                 rows.append(Row(cells["id"], None, one_line(str(error))))
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: is not CSV ({error}).") from None
@@ -163,6 +164,8 @@ def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
         name = "a100_80_omnipath"
     layout = _layout(cells, notes)
     cluster = cluster_of(name).with_devices(layout.world_size)
+    if layers > MAX_LAYERS:
+        raise UnclearRow(f"layers = {layers}, but {MAX_LAYERS} are the most that is believed")
     if layout.pipeline > layers:
         raise UnclearRow(f"pp = {layout.pipeline} is more than layers = {layers}")
 

@@ -85,7 +85,7 @@ class TimeModel:
         self.workload, self.cluster, self.profile = workload, cluster, profile
         self.network = Network(cluster, profile)
         self.element = BYTES[workload.precision]
-        self._peak = device.peak_tflops[workload.precision].value * 1e12  # type: ignore[index]
+        self._peak = device.peak_tflops[workload.precision].value * 1e12
         self._bandwidth = device.memory_bandwidth.value * 1e9 * profile.memory_efficiency
         self._host = device.host_bandwidth.value * 1e9
         balance = self._peak / (device.memory_bandwidth.value * 1e9) * self.element / 2
@@ -98,7 +98,6 @@ class TimeModel:
 
     def step(self, plan: Plan) -> StepTime:
         """Seconds of one optimizer step."""
-        layout = plan.layout
         micro_batches = plan.micro_batches(self.workload)
         layer = self._layer(plan)
         first, last = self._embedding_and_logits(plan)

@@ -50,6 +50,11 @@ class Fit:
     slowness: dict[str, float]
     """Logarithm, by software stack, family, and family and day; a run's own is the sum of those that are known."""
 
+    @classmethod
+    def default(cls) -> Fit:
+        """The constants that ship, and every software at speed 1."""
+        return cls(Profile(), {})
+
     def predict(self, run: Run) -> float:
         """Seconds of a step of a run."""
         return fastest(run, self.profile) * math.exp(sum(self.slowness.get(name, 0.0) for name in run.groups))
@@ -150,12 +155,12 @@ def fit(runs: Sequence[Run]) -> Fit:
     names = list(PRIORS)
     default = np.log([centre for centre, _ in PRIORS.values()])
     spread = np.array([*(spread for _, spread in PRIORS.values()), *(GROUP_SPREADS[depth] for depth, _ in groups)])
-    measured = np.log([run.seconds for run in timed])
+    measured = np.log([run.seconds or math.nan for run in timed])
     belongs = np.array([[depth < len(run.groups) and run.groups[depth] == name for depth, name in groups] for run in timed], dtype=float)
 
     def profile(constants: NDArray[np.float64]) -> Profile:
         values = dict(zip(names, np.exp(constants).tolist(), strict=True))
-        return Profile(**{name: _allowed(name, value) for name, value in values.items()})
+        return Profile.model_validate({name: _allowed(name, value) for name, value in values.items()})
 
     def model(constants: NDArray[np.float64]) -> NDArray[np.float64]:
         chosen = profile(constants)

@@ -10,6 +10,7 @@ Shapes: B micro-batch, S sequence, M = B S tokens, H hidden size, F MLP width, A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -68,6 +69,33 @@ class Piece(NamedTuple):
         return self.forward + self.backward + self.recompute + self.tensor
 
 
+def waiting(times: Sequence[float], forward: float, micro_batches: int, interleave: int = 1) -> tuple[float, float]:
+    """Seconds that a pipeline under 1F1B adds to the mean work of its stages; never too little, and exact for equal stages.
+
+    The slowest stage computes all the time, but for three gaps. It waits for the stages before it to fill and to drain; for its first
+    gradient to come back through the stages behind it, while it can only compute forward passes ahead; and at the end, when backward passes
+    arrive no faster than the stages behind it send them. Equal stages give (stages - 1) / interleave times one stage.
+
+    Args:
+        times: of one micro-batch, forward and backward, in each stage.
+        forward: share of them that is the forward pass.
+        micro_batches: in a step.
+        interleave: model parts a stage holds in turn.
+
+    Returns:
+        Waiting for the slowest stage, and the bubble.
+    """
+    whole, slowest = sum(times), max(times)
+    at = times.index(slowest)
+    behind = times[at + 1 :]
+    round_trip = sum(behind)
+    ahead = min(len(behind), micro_batches - 1)
+    first = max(0.0, round_trip - ahead * forward * slowest)
+    last = ahead * max(0.0, max(behind, default=0.0) - (1.0 - forward) * slowest)
+    bubble = sum(times[:at]) + min(round_trip, first + last)
+    return micro_batches * (slowest - whole / len(times)), bubble / interleave
+
+
 class TimeModel:
     """Predicts the step time of plans for one workload on one cluster.
 
@@ -112,8 +140,7 @@ class TimeModel:
         handing = 2 * hand_over * plan.interleave
         for stage in range(stages):
             times[stage] += handing * ((stage > 0) + (stage < stages - 1)) / 2
-        whole = sum(times)
-        mean, slowest = whole / stages, max(times)
+        imbalance, bubble = waiting(times, layer.forward / (layer.total - layer.tensor), micro_batches, plan.interleave)
         share = micro_batches / stages
         data, optimizer = self._update(plan, layer, micro_batches)
         return StepTime(
@@ -121,8 +148,8 @@ class TimeModel:
             recompute=share * layers * layer.recompute,
             tensor=share * (layers * layer.tensor + first.tensor + last.tensor),
             point_to_point=share * handing * (stages - 1),
-            imbalance=micro_batches * (slowest - mean),
-            bubble=(whole - slowest) / plan.interleave,
+            imbalance=imbalance,
+            bubble=bubble,
             data=data,
             optimizer=optimizer,
         )

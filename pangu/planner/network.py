@@ -81,8 +81,8 @@ class Network:
 
     def flat_gather(self, bytes_: float, size: int, stride: int) -> float:
         """All-gather around one ring through all ranks, at the speed of its slowest link: what many small gathers reach."""
-        hops = self.hops(size, stride)
-        return max(((size - 1) / size * bytes_ / self.rate(*hop)[0] for hop in hops), default=0.0)
+        rates = [self.rate(*hop) for hop in self.hops(size, stride)]
+        return max(((size - 1) * (bytes_ / size / bandwidth + latency) for bandwidth, latency in rates), default=0.0)
 
     def send(self, bytes_: float, size: int, stride: int) -> float:
         """From one rank of a group to the next, over the outermost level between any two neighbours."""

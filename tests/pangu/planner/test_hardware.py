@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from pangu.errors import InputError
-from pangu.planner.hardware import Cluster, load_cluster
+from pangu.planner.hardware import Cluster, Figure, load_cluster
 
 CLUSTERS = Path(__file__).parents[3] / "ds_configs" / "clusters"
 
@@ -34,6 +34,20 @@ def test_clusters_that_ship(path: Path) -> None:
     cluster = load_cluster(path)
     assert cluster.name == path.stem
     assert cluster.device.memory_gib.source
+
+
+def test_the_table_in_the_documents_is_that_of_the_files() -> None:
+    def text(figure: Figure) -> str:
+        return f"{figure.value:g}{'' if figure.mark == 'vendor' else ' ?'}"
+
+    page = (CLUSTERS.parents[1] / "docs" / "planner.md").read_text(encoding="utf-8")
+    for path in CLUSTERS.glob("*.yaml"):
+        cluster = load_cluster(path)
+        device = cluster.device
+        peak = device.peak_tflops.get("fp16") or device.peak_tflops["fp32"]
+        levels = ", ".join(f"{unit.name} {unit.devices}: {text(unit.bandwidth)}" for unit in cluster.levels)
+        cells = [f"`{path.stem}`", device.name, text(device.memory_gib), text(device.memory_bandwidth), text(peak), levels]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_the_papers_cluster() -> None:

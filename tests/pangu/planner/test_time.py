@@ -1,5 +1,6 @@
 import random
 from dataclasses import replace
+from time import process_time
 from typing import Any
 
 import pytest
@@ -166,3 +167,18 @@ def test_equal_stages(stages: int, micro_batches: int) -> None:
     assert imbalance == 0
     assert micro_batches * 3 + bubble == pytest.approx(simulate([1.0] * stages, [2.0] * stages, micro_batches))
     assert waiting([3.0] * stages, 1 / 3, micro_batches, interleave=2)[1] == pytest.approx(bubble / 2)
+
+
+def test_plans_are_scored_fast() -> None:
+    model = TimeModel(WORKLOAD, cluster(), Profile())
+    plans = [
+        Plan(Topology(tensor, 4, data), size, (2, 2, 2, 2), sequence_parallel=sequence)
+        for tensor in (1, 2, 4)
+        for data in (1, 2, 4, 8)
+        for size in (1, 2, 4)
+        for sequence in (False, True)
+    ]
+    start = process_time()
+    for plan in plans:
+        model.step(plan)
+    assert (process_time() - start) / len(plans) < 300e-6

@@ -12,7 +12,7 @@ from pangu.config import parse_config, validate_layout
 from pangu.config_file import apply_override, read_yaml
 from pangu.errors import InputError
 from pangu.files import write_durably
-from pangu.planner.parameters import default_stage_layers
+from pangu.model.stages import balanced_layers
 from pangu.planner.plan import Plan, Workload
 
 RECIPES = Path(__file__).parents[2] / "ds_configs"
@@ -23,7 +23,7 @@ def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, pla
 
     Args:
         path: where it will be: `deepspeed` is relative to that.
-        base: the recipe that gives everything that is not layout: data, optimizer, schedule.
+        base: the recipe that gives all that is not layout: model, data, optimizer, schedule.
         overrides: `section.key=value` for it, as `pangu.train` takes them.
         workload: batch and precision.
         plan: the layout.
@@ -31,35 +31,31 @@ def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, pla
     values = read_yaml(base)
     for override in overrides:
         apply_override(values, override)
-    parallel, train = values.get("parallel") or {}, values.get("train") or {}
-    cut = {} if plan.stage_layers == default_stage_layers(workload.model, plan.layout.pipeline) else {"stage_layers": [*plan.stage_layers]}
-    parallel.pop("stage_layers", None)
-    values["parallel"] = {
-        **parallel,
+    parallel = {
         "tensor": plan.layout.tensor,
         "pipeline": plan.layout.pipeline,
+        "order": plan.layout.order,
         "sequence": plan.sequence_parallel,
         "zero_stage": plan.zero_stage,
         "recompute": plan.recompute,
-        "order": plan.layout.order,
-        **cut,
     }
-    values["train"] = {
-        **train,
+    if plan.stage_layers != balanced_layers(workload.model, plan.layout.pipeline):
+        parallel["stage_layers"] = [*plan.stage_layers]
+    train = {
         "micro_batch_size": plan.micro_batch_size,
         "global_batch_size": workload.global_batch_size,
         "precision": workload.precision,
     }
     offload = "-offload" if plan.offload_optimizer else ""
-    values["deepspeed"] = os.path.relpath(RECIPES / f"zero{plan.zero_stage}{offload}.json", path.parent)
-    return values
+    deepspeed = os.path.relpath(RECIPES / f"zero{plan.zero_stage}{offload}.json", path.parent.resolve())
+    return {**values, "parallel": parallel, "train": {**(values.get("train") or {}), **train}, "deepspeed": deepspeed}
 
 
 def write_recipe(path: Path, values: dict[str, Any], remarks: list[str], world_size: int) -> None:
-    """Write the sections of a recipe, with remarks at the top; the file appears whole or not at all.
+    """Write the sections of a recipe below remarks; the file appears whole or not at all.
 
     Raises:
-        InputError: if `pangu.train` would refuse it on so many processes, or the file cannot be written.
+        InputError: if `pangu.train` would refuse the recipe on so many processes, or the file cannot be written.
     """
     validate_layout(parse_config(values, path), world_size)
     comment = "".join(f"# {remark}".rstrip() + "\n" for remark in remarks)
@@ -67,4 +63,4 @@ def write_recipe(path: Path, values: dict[str, Any], remarks: list[str], world_s
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, f"{comment}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Name another file with --write.") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Name another file.") from None

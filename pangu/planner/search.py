@@ -7,28 +7,42 @@ and the rest is sorted by predicted time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from megatron_ext.topology import Topology
+from pangu.model.stages import balance, balanced_layers
 from pangu.planner.hardware import Cluster
-from pangu.planner.memory import GIB, MemoryEstimate, fullest_stage
-from pangu.planner.plan import Plan, Recompute, Workload, partitions
+from pangu.planner.memory import ACCELERATOR, GIB, MemoryEstimate, Platform, estimate_memory
+from pangu.planner.plan import Plan, Recompute, Workload
 from pangu.planner.profile import Profile
-from pangu.planner.time import StepTime, predict
+from pangu.planner.time import StepTime, TimeModel
 
-MAX_MICRO_BATCH = 64
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Samples. No device gains from more, and all of them cost memory."""
 
+KEYS: dict[str, Callable[[Plan], Any]] = {
+    "parallel.tensor": lambda plan: plan.layout.tensor,
+    "parallel.pipeline": lambda plan: plan.layout.pipeline,
+    "parallel.order": lambda plan: plan.layout.order,
+    "parallel.stage_layers": lambda plan: list(plan.stage_layers),
+    "parallel.zero_stage": lambda plan: plan.zero_stage,
+    "parallel.sequence": lambda plan: plan.sequence_parallel,
+    "parallel.recompute": lambda plan: plan.recompute,
+    "train.micro_batch_size": lambda plan: plan.micro_batch_size,
+    "offload_optimizer": lambda plan: plan.offload_optimizer,
+}
+"""What a plan decides, under the names of the configuration; offloading is the DeepSpeed JSON's."""
+
 Wanted = Mapping[str, Any]
-"""Configuration keys and the values that plans must have, such as {"parallel.tensor": 8}. What is asked for is looked at even where a
-search would leave it out by a rule of thumb."""
+"""Values of `KEYS` that plans must have. What is asked for is looked at even where a rule of thumb would leave it out."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that fits."""
+    """A plan and what it costs."""
 
     plan: Plan
     stage: int
@@ -43,8 +57,6 @@ class Pruned(NamedTuple):
 
     region: str
     reason: str
-    plans: int
-    """How many were looked at before; 0 where a rule excludes them all."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,10 @@ class Outcome:
     """What a search found."""
 
     candidates: list[Candidate]
-    """Fastest first."""
+    """What fits, fastest first."""
     pruned: list[Pruned]
+    looked_at: int
+    """Plans whose memory was computed."""
 
     @property
     def pareto(self) -> list[Candidate]:
@@ -65,56 +79,171 @@ class Outcome:
         return front
 
 
-def search(workload: Workload, cluster: Cluster, profile: Profile, wanted: Wanted | None = None) -> Outcome:
-    """Look at every plan on all devices of a cluster.
+class Search:
+    """Plans for one workload on one kind of cluster.
 
     Args:
         workload: what is to be trained.
         cluster: where.
-        profile: how fast its devices really are.
-        wanted: look only at plans with these values.
+        profile: how much of its rates the devices reach.
+        platform: what is kept on them.
+
+    Raises:
+        InputError: the device has no peak for the workload's precision.
     """
-    wanted = wanted or {}
-    pruned: list[Pruned] = []
-    candidates: list[Candidate] = []
-    budget = cluster.device.memory_gib.value * GIB
-    for layout in _layouts(workload, cluster, wanted, pruned):
-        before, looked_at, least = len(candidates), 0, math.inf
-        for family in _families(workload, layout, wanted):
-            for micro_batch in _micro_batches(workload, layout, wanted):
-                plan = replace(family, micro_batch_size=micro_batch)
-                stage, memory = fullest_stage(workload, plan)
-                looked_at += 1
-                least = min(least, memory.total)
-                if memory.total > budget:
-                    break  # a larger micro-batch needs more
-                for placed in _placements(plan, wanted):
-                    candidates.append(Candidate(placed, stage, memory, predict(workload, placed, cluster, profile)))
-        if len(candidates) == before:
-            reason = f"needs {least / GIB:.1f} GiB a device or more, of {budget / GIB:.0f}" if looked_at else "no batch divides"
-            pruned.append(Pruned(_name(layout), reason, looked_at))
-    candidates.sort(key=lambda one: (one.time.total, one.memory.total))
-    return Outcome(candidates, pruned)
+
+    def __init__(self, workload: Workload, cluster: Cluster, profile: Profile, platform: Platform = ACCELERATOR) -> None:
+        self.workload, self.cluster, self.platform = workload, cluster, platform
+        self.time = TimeModel(workload, cluster, profile)
+        self.budget = cluster.device.memory_gib.value * GIB
+
+    def run(self, wanted: Wanted | None = None) -> Outcome:
+        """Look at every plan on all devices that has the values `wanted`."""
+        wanted = wanted or {}
+        candidates: list[Candidate] = []
+        pruned: list[Pruned] = []
+        looked_at = 0
+        too_small: dict[int, list[tuple[float, Topology]]] = {}
+        for layout in self._layouts(wanted, pruned):
+            found, least = len(candidates), math.inf
+            for family in self._families(layout, wanted):
+                for offloaded in self._offloadings(family, wanted):
+                    fitting = []
+                    for micro_batch in self._micro_batches(layout, wanted):
+                        plan = replace(offloaded, micro_batch_size=micro_batch)
+                        stage, memory = self.fullest_stage(plan)
+                        looked_at += 1
+                        least = min(least, memory.total)
+                        if memory.total > self.budget:
+                            break  # a larger micro-batch needs more
+                        fitting += [Candidate(placed, stage, memory, self.time.step(placed)) for placed in _placements(plan, wanted)]
+                    candidates += fitting
+                    if fitting:
+                        break  # offloading makes no plan faster
+            if len(candidates) == found:
+                too_small.setdefault(layout.tensor, []).append((least / GIB, layout))
+        for tensor, regions in too_small.items():
+            least, layout = min(regions, key=lambda region: region[0])
+            reason = f"needs {least:.1f} GiB a device or more (pipeline {layout.pipeline}), of {self.budget / GIB:.0f}"
+            if least == math.inf:
+                reason = "no micro-batch divides a rank's samples"
+            pruned.append(Pruned(f"tensor {tensor}, pipeline {_some([layout.pipeline for _, layout in regions])}", reason))
+        candidates.sort(key=lambda one: (one.time.total, one.memory.total))
+        return Outcome(candidates, pruned, looked_at)
+
+    def explain(self, wanted: Wanted) -> Candidate | None:
+        """The fastest plan with the values `wanted`; where none fits, the one that needs least memory; None where there is none at all."""
+        if fitting := self.run(wanted).candidates:
+            return fitting[0]
+        budget, self.budget = self.budget, math.inf
+        try:
+            return min(self.run(wanted).candidates, key=lambda one: one.memory.total, default=None)
+        finally:
+            self.budget = budget
+
+    def fullest_stage(self, plan: Plan) -> tuple[int, MemoryEstimate]:
+        """The pipeline stage that needs most memory, and how much a rank of it needs."""
+        last = plan.layout.pipeline - 1
+        # Of stages in the middle with equally many layers the earliest has most micro-batches in flight.
+        middle = {layers: stage for stage, layers in reversed([*enumerate(plan.stage_layers)][1:last])}
+        estimates = {stage: estimate_memory(self.workload, plan, stage, self.platform) for stage in {0, *middle.values(), last}}
+        return max(estimates.items(), key=lambda item: item[1].total)
+
+    def fits(self) -> bool:
+        """Whether any plan fits."""
+        return any(
+            self.fullest_stage(family)[1].total <= self.budget for layout in self._layouts({}, []) for family in self._families(layout, {})
+        )
+
+    def _layouts(self, wanted: Wanted, pruned: list[Pruned]) -> Iterator[Topology]:
+        """Sizes of the axes that multiply to the number of devices."""
+        model, devices, batch = self.workload.model, self.cluster.num_devices, self.workload.global_batch_size
+        server = server_devices(self.cluster)
+        indivisible, too_wide = [], []
+        for tensor in _chosen("parallel.tensor", divisors(devices), wanted):
+            if devices % tensor or math.gcd(model.num_heads, model.ffn_hidden_size) % tensor:
+                indivisible.append(tensor)
+                continue
+            if tensor > server and "parallel.tensor" not in wanted:
+                too_wide.append(tensor)
+                continue
+            too_deep, ragged = [], []
+            for pipeline in _chosen("parallel.pipeline", divisors(devices // tensor), wanted):
+                data = devices // (tensor * pipeline)
+                if pipeline > model.num_layers or pipeline * data * tensor != devices:
+                    too_deep.append(pipeline)
+                elif batch % data:
+                    ragged.append(f"{pipeline} (data {data})")
+                else:
+                    yield Topology(tensor=tensor, pipeline=pipeline, data=data)
+            if too_deep:
+                pruned.append(Pruned(f"tensor {tensor}, pipeline {_some(too_deep)}", f"more stages than the {model.num_layers} layers"))
+            if ragged:
+                reason = f"the data-parallel size does not divide the global batch of {batch}"
+                pruned.append(Pruned(f"tensor {tensor}, pipeline {_some(ragged)}", reason))
+        if too_wide:
+            reason = f"every layer would talk several times over the network: a server has {server} devices"
+            pruned.append(Pruned(f"tensor {_some(too_wide)}", reason))
+        if indivisible:
+            reason = f"does not divide num_heads = {model.num_heads}, ffn_hidden_size = {model.ffn_hidden_size} or the {devices} devices"
+            pruned.append(Pruned(f"tensor {_some(indivisible)}", reason))
+
+    def _families(self, layout: Topology, wanted: Wanted) -> Iterator[Plan]:
+        """Plans of one sample a micro-batch that differ in what costs memory: ZeRO, sequence, recomputation, cut, offloading."""
+        workload = self.workload
+        zero_stages = [1, 2, 3] if layout.pipeline == 1 and layout.data > 1 else [1]
+        if layout.pipeline == 1 and workload.precision == "fp32":
+            zero_stages = [0, *zero_stages]  # with 16 bits DeepSpeed clips wrongly without ZeRO, and in a pipeline always
+        splits_sequence = layout.tensor > 1 and workload.sequence_length % layout.tensor == 0
+        # With fused attention, selective recomputation keeps what no recomputation keeps, and takes longer.
+        recomputes: list[Recompute] = ["none", "selective", "full"] if workload.model.attention == "eager" else ["none", "full"]
+        for zero_stage in _chosen("parallel.zero_stage", zero_stages, wanted):
+            for sequence in _chosen("parallel.sequence", [False, True] if splits_sequence else [False], wanted):
+                for recompute in _chosen("parallel.recompute", recomputes, wanted):
+                    whole = Plan(
+                        layout,
+                        micro_batch_size=1,
+                        stage_layers=balanced_layers(workload.model, layout.pipeline),
+                        zero_stage=zero_stage,
+                        sequence_parallel=sequence,
+                        recompute=recompute,
+                    )
+                    for stage_layers in _chosen("parallel.stage_layers", self._cuts(whole), wanted):
+                        yield replace(whole, stage_layers=tuple(stage_layers))
+
+    def _offloadings(self, plan: Plan, wanted: Wanted) -> Iterator[Plan]:
+        """The plan, and its optimizer states (under ZeRO-3 weights too) in host memory."""
+        for offload in _chosen("offload_optimizer", [False, True] if plan.zero_stage else [False], wanted):
+            yield replace(plan, offload_optimizer=offload, offload_parameters=offload and plan.zero_stage == 3)
+
+    def _cuts(self, plan: Plan) -> list[tuple[int, ...]]:
+        """Into stages of equal parameters, and of equal time."""
+        costs = [round(1e9 * seconds) for seconds in self.time.layer_seconds(plan)]
+        bounds = balance(costs, plan.layout.pipeline)
+        by_time = tuple(end - begin for begin, end in pairwise(bounds))
+        return [plan.stage_layers, *([by_time] if by_time != plan.stage_layers else [])]
+
+    def _micro_batches(self, layout: Topology, wanted: Wanted) -> Sequence[int]:
+        """Ascending sizes that divide a data-parallel rank's samples."""
+        samples = self.workload.global_batch_size // layout.data
+        return [size for size in _chosen("train.micro_batch_size", [*MICRO_BATCHES], wanted) if samples % size == 0]
 
 
-def smallest_cluster(workload: Workload, cluster: Cluster, limit: int = 2**17) -> int | None:
-    """The least number of devices of this kind on which some plan fits: 2, 3, 4, 6, 8, 12 … , then whole servers. None: none does."""
-    server = server_devices(cluster)
+def smallest_cluster(search: Search, profile: Profile, limit: int = 2**17) -> int | None:
+    """The least number of devices of this kind that some plan fits on, of 1, 2, 3, 4, 6, 8, 12 … and then whole servers; None: none does."""
+    server = server_devices(search.cluster)
     for number in sorted({base * 2**power for base in (1, 3) for power in range(18)}):
-        if number > limit or (number > server and number % server):
-            continue
-        larger = cluster.with_devices(number)
-        budget = cluster.device.memory_gib.value * GIB
-        for layout in _layouts(workload, larger, {}, []):
-            for family in _families(workload, layout, {}):
-                if fullest_stage(workload, replace(family, micro_batch_size=1))[1].total <= budget:
-                    return number
+        if number <= limit and (number <= server or number % server == 0):
+            cluster = search.cluster.with_devices(number)
+            if Search(search.workload, cluster, profile, search.platform).fits():
+                return number
     return None
 
 
 def server_devices(cluster: Cluster) -> int:
-    """Devices of one server; of the whole cluster where no level has that name."""
-    return next((level.devices for level in cluster.levels if level.name == "server"), cluster.num_devices)
+    """Devices of one server; of the whole cluster where it is smaller."""
+    inside = [level.devices for level in cluster.levels if level.name in ("group", "server")]
+    return inside[-1] if inside else 1
 
 
 def divisors(number: int) -> list[int]:
@@ -123,82 +252,16 @@ def divisors(number: int) -> list[int]:
     return small + [number // one for one in reversed(small) if one * one != number]
 
 
-def _layouts(workload: Workload, cluster: Cluster, wanted: Wanted, pruned: list[Pruned]) -> Iterator[Topology]:
-    """Sizes of the axes that multiply to the number of devices."""
-    model, devices, server = workload.model, cluster.num_devices, server_devices(cluster)
-    common = math.gcd(model.num_heads, model.ffn_hidden_size)
-    indivisible = []
-    for tensor in _chosen("parallel.tensor", divisors(devices), wanted):
-        if common % tensor:
-            indivisible.append(tensor)
-            continue
-        if tensor > server and "parallel.tensor" not in wanted:
-            pruned.append(Pruned(f"tensor {tensor}", f"would leave the server of {server} devices several times in every layer", 0))
-            continue
-        too_deep, ragged = [], []
-        for pipeline in _chosen("parallel.pipeline", divisors(devices // tensor), wanted):
-            data = devices // (tensor * pipeline)
-            if pipeline > model.num_layers:
-                too_deep.append(pipeline)
-            elif workload.global_batch_size % data:
-                ragged.append(f"{pipeline} (data {data})")
-            else:
-                yield Topology(tensor=tensor, pipeline=pipeline, data=data)
-        if too_deep:
-            pruned.append(Pruned(f"tensor {tensor}, pipeline {_some(too_deep)}", f"more stages than the {model.num_layers} layers", 0))
-        if ragged:
-            reason = f"the data-parallel size does not divide the global batch of {workload.global_batch_size}"
-            pruned.append(Pruned(f"tensor {tensor}, pipeline {_some(ragged)}", reason, 0))
-    if indivisible:
-        reason = f"does not divide num_heads = {model.num_heads} and ffn_hidden_size = {model.ffn_hidden_size}"
-        pruned.append(Pruned(f"tensor {_some(indivisible)}", reason, 0))
-
-
-def _families(workload: Workload, layout: Topology, wanted: Wanted) -> Iterator[Plan]:
-    """Plans of one sample a micro-batch that differ in what costs memory: ZeRO, sequence parallelism, recomputation, cut, offloading."""
-    zero_stages = [1] if layout.pipeline > 1 else [1, 2, 3] if layout.data > 1 else [1]
-    if layout.pipeline == 1 and workload.precision == "fp32":
-        zero_stages = [0, *zero_stages]  # with 16 bits DeepSpeed clips wrongly without ZeRO, in a pipeline always
-    splits_sequence = layout.tensor > 1 and workload.sequence_length % layout.tensor == 0
-    # With fused attention, selective recomputation keeps what no recomputation keeps, and takes longer.
-    recomputes: list[Recompute] = ["none", "selective", "full"] if workload.model.attention == "eager" else ["none", "full"]
-    for zero_stage in _chosen("parallel.zero_stage", zero_stages, wanted):
-        for sequence in _chosen("parallel.sequence", [False, True] if splits_sequence else [False], wanted):
-            for recompute in _chosen("parallel.recompute", recomputes, wanted):
-                for stage_layers in _chosen("parallel.stage_layers", partitions(workload.model, layout.pipeline), wanted):
-                    for offload in _chosen("offload_optimizer", [False, True] if zero_stage else [False], wanted):
-                        yield Plan(
-                            layout=layout,
-                            micro_batch_size=1,
-                            stage_layers=tuple(stage_layers),
-                            zero_stage=zero_stage,
-                            sequence_parallel=sequence,
-                            recompute=recompute,
-                            offload_optimizer=offload,
-                            offload_parameters=offload and zero_stage == 3,
-                        )
-
-
-def _micro_batches(workload: Workload, layout: Topology, wanted: Wanted) -> Sequence[int]:
-    """Ascending sizes that divide a data-parallel rank's samples."""
-    samples = workload.global_batch_size // layout.data
-    usual = [2**power for power in range(7) if 2**power <= MAX_MICRO_BATCH]
-    return [size for size in _chosen("train.micro_batch_size", usual, wanted) if samples % size == 0]
-
-
 def _placements(plan: Plan, wanted: Wanted) -> Iterator[Plan]:
     """The plan with either axis nearer, where there are two."""
-    both = plan.layout.pipeline > 1 and plan.layout.data > 1
+    layout = plan.layout
+    both = layout.pipeline > 1 and layout.data > 1
     for order in _chosen("parallel.order", ["tp-dp-pp", "tp-pp-dp"] if both else ["tp-dp-pp"], wanted):
-        yield plan if order == plan.order else replace(plan, order=order)
+        yield replace(plan, layout=replace(layout, order=order))
 
 
 def _chosen(key: str, usual: list[Any], wanted: Wanted) -> list[Any]:
     return [wanted[key]] if key in wanted else usual
-
-
-def _name(layout: Topology) -> str:
-    return f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}"
 
 
 def _some(values: Sequence[object]) -> str:

@@ -89,6 +89,17 @@ def test_runs_that_were_left_out_of_the_fit(published: list[Run]) -> None:
     assert overall.error < 0.06
 
 
+@pytest.mark.parametrize(
+    ("word", "error", "right"), [("BLOOM", 0.06, 0.75), ("Megatron-DeepSpeed", 0.2, 0.75), ("Megatron-LM", 0.3, 0.95)]
+)
+def test_a_whole_cluster_or_software_left_out(published: list[Run], word: str, error: float, right: float) -> None:
+    held = [run for run in published if run.seconds and word in " ".join(run.groups)]
+    fitted = fit([run for run in published if run not in held])
+    found = score(held, [fitted.predict(run) for run in held])
+    assert found.error < error
+    assert found.right >= right * found.pairs
+
+
 def test_few_runs_predict_many(published: list[Run]) -> None:
     """A fit to a random half orders and predicts the other half."""
     runs = [run for run in published if run.seconds]

@@ -13,7 +13,7 @@ import pytest
 from pangu.errors import InputError
 from pangu.planner.profile import Profile, load_profile
 from pangu.planner.reference import COLUMNS, Row, Run, read_runs, spread_layers
-from pangu.planner.validation import Fit, cross_validate, fit, fits, score
+from pangu.planner.validation import Fit, cross_validate, fit, fits_in_memory, score
 
 ROOT = Path(__file__).parents[3]
 CLUSTERS = ROOT / "ds_configs" / "clusters"
@@ -89,9 +89,7 @@ def test_runs_that_were_left_out_of_the_fit(published: list[Run]) -> None:
     assert overall.error < 0.06
 
 
-@pytest.mark.parametrize(
-    ("word", "error", "right"), [("BLOOM", 0.06, 0.75), ("Megatron-DeepSpeed", 0.2, 0.75), ("Megatron-LM", 0.3, 0.95)]
-)
+@pytest.mark.parametrize(("word", "error", "right"), [("BLOOM", 0.06, 0.75), ("Megatron-DeepSpeed", 0.2, 0.75), ("Megatron-LM", 0.3, 0.95)])
 def test_a_whole_cluster_or_software_left_out(published: list[Run], word: str, error: float, right: float) -> None:
     held = [run for run in published if run.seconds and word in " ".join(run.groups)]
     fitted = fit([run for run in published if run not in held])
@@ -123,10 +121,10 @@ def test_the_fit_is_deterministic(published: list[Run]) -> None:
 
 
 def test_what_fitted_and_what_did_not(published: list[Run]) -> None:
-    assert all(fits(run) for run in published if run.seconds)
+    assert all(fits_in_memory(run) for run in published if run.seconds)
     out_of_memory = [run for run in published if run.out_of_memory]
     assert out_of_memory
-    assert not any(fits(run) for run in out_of_memory)
+    assert not any(fits_in_memory(run) for run in out_of_memory)
 
 
 def test_layers_that_do_not_divide() -> None:
@@ -221,7 +219,7 @@ def test_random_damage_never_crashes(file: Path) -> None:
             assert row.run or row.reason
             if row.run:
                 assert Fit.default().predict(row.run) > 0
-                fits(row.run)
+                fits_in_memory(row.run)
 
 
 def test_too_few_runs_are_no_fit(file: Path) -> None:

@@ -160,6 +160,7 @@ def test_what_a_row_leaves_out_is_assumed_and_said(file: Path) -> None:
     assert one(file, dp="").plans[0].layout.data == 4
     assert one(file, n_devices="").cluster.num_devices == 384
     assert one(file, iter_s="", mem_gb="OOM").out_of_memory
+    assert one(file, hardware="Ascend910B (64 GB)").cluster.name == "ascend910b"
 
 
 @pytest.mark.parametrize(

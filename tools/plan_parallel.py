@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 
-from planning import validate
+from planning import calibrate, validate
 
 from pangu.errors import exit_code
 
-COMMANDS = {"validate": validate}
+COMMANDS = {"calibrate": calibrate, "validate": validate}
 """Each is a module with `add_arguments(parser)` and `run(arguments)`."""
 
 

@@ -40,8 +40,6 @@ class Device(Section):
     """GB/s between the device and host memory, one way, while all devices of a server do: what offloading pays."""
     peak_tflops: Annotated[dict[Literal["fp32", "bf16", "fp16"], Figure], Field(min_length=1)]
     """Dense matrix products in each precision the device has."""
-    cores: Count | None = None
-    """Units that each compute a tile of a matrix product at a time (streaming multiprocessors, AI cores); null = many, no rounding."""
 
 
 class Level(Section):

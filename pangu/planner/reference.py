@@ -27,13 +27,14 @@ COLUMNS = (
 CLUSTERS = {
     "A100-80": "a100_80",
     "A100-40": "a100_40",
+    "A100": "a100_80",
     "H100": "h100",
     "H200": "h200",
     "V100": "v100_64",
     "Ascend910": "ascend910_2048",
     "Ascend910B": "ascend910b",
 }
-"""File of ds_configs/clusters for each name in the column `hardware`."""
+"""File of ds_configs/clusters for each beginning of the column `hardware`; the longest that fits counts."""
 STACKS = {"Megatron-DeepSpeed": ("BLOOM", "MT-NLG", "GLM", "DeepSpeed"), "Megatron-LM": ("Megatron", "Korthikanti")}
 """Software, by words in the name of a family."""
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -157,9 +158,10 @@ def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
         max_positions=sequence,
         attention="eager",  # none of these runs had a fused kernel, so far as they say
     )
-    name = CLUSTERS.get(cells["hardware"].strip())
-    if name is None:
+    known = [hardware for hardware in CLUSTERS if cells["hardware"].strip().startswith(hardware)]
+    if not known:
         raise UnclearRow(f"hardware = {cells['hardware']!r} is not known: {', '.join(CLUSTERS)}")
+    name = CLUSTERS[max(known, key=len)]
     if name == "a100_80" and cells["family"].startswith("BLOOM"):
         name = "a100_80_omnipath"
     layout = _layout(cells, notes)

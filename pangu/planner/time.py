@@ -122,7 +122,7 @@ class TimeModel:
         self._formula = [2e-12 * x.m * x.n * x.k / self._formula_seconds(x.m, x.n, x.k) for x in profile.matmuls]
         self._layer_parameters = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_hidden_size
         self._layers: dict[tuple[int, int, bool, Recompute], Piece] = {}
-        self._ends: dict[tuple[int, int, bool], tuple[Piece, Piece]] = {}
+        self._ends: dict[tuple[int, int], tuple[Piece, Piece]] = {}
 
     def step(self, plan: Plan) -> StepTime:
         """Seconds of one optimizer step."""
@@ -226,9 +226,8 @@ class TimeModel:
 
     def _embedding_and_logits(self, plan: Plan) -> tuple[Piece, Piece]:
         """What the first and the last stage do beyond their layers."""
-        key = (plan.micro_batch_size, plan.layout.tensor, plan.sequence_parallel)
+        key = micro_batch, tensor = plan.micro_batch_size, plan.layout.tensor
         if key not in self._ends:
-            micro_batch, tensor, _ = key
             model, element = self.workload.model, self.element
             tokens = micro_batch * self.workload.sequence_length
             reduce = self.network.all_reduce(element * tokens * model.hidden_size, tensor, 1)

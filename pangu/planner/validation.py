@@ -125,7 +125,7 @@ def is_feasible(workload: Workload, plan: Plan, cluster: Cluster, *, fp32_gradie
     return True
 
 
-def fits(run: Run) -> bool:
+def fits_in_memory(run: Run) -> bool:
     """Whether a run has a micro-batch size that fits."""
     return any(is_feasible(run.workload, plan, run.cluster, fp32_gradients=run.fp32_gradients) for plan in run.plans)
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from pangu.errors import InputError, one_line
 from pangu.planner.profile import load_profile
 from pangu.planner.reference import Row, Run, read_runs
-from pangu.planner.validation import Fit, cross_validate, fit, fits, score
+from pangu.planner.validation import Fit, cross_validate, fit, fits_in_memory, score
 
 CLUSTERS = Path(__file__).parents[2] / "ds_configs" / "clusters"
 
@@ -71,7 +71,9 @@ def understood(path: Path) -> list[Row]:
 
 def print_runs(rows: list[Row], fitted: Fit, *, as_json: bool) -> None:
     """One line, or object, for each row."""
-    predictions = [(row, fits(row.run), fitted.predict(row.run), row.run.seconds) if row.run else (row, None, None, None) for row in rows]
+    predictions = [
+        (row, fits_in_memory(row.run), fitted.predict(row.run), row.run.seconds) if row.run else (row, None, None, None) for row in rows
+    ]
     if as_json:
         found = [
             {"id": row.id, "feasible": feasible, "predicted_iter_s": predicted, "measured_iter_s": measured}

@@ -13,7 +13,7 @@ import pytest
 from pangu.errors import InputError
 from pangu.planner.profile import Profile, load_profile
 from pangu.planner.reference import COLUMNS, Row, Run, read_runs, spread_layers
-from pangu.planner.validation import Fit, cross_validate, fit, fits, score
+from pangu.planner.validation import Fit, cross_validate, fit, fits_in_memory, score
 
 ROOT = Path(__file__).parents[3]
 CLUSTERS = ROOT / "ds_configs" / "clusters"
@@ -89,6 +89,15 @@ def test_runs_that_were_left_out_of_the_fit(published: list[Run]) -> None:
     assert overall.error < 0.06
 
 
+@pytest.mark.parametrize(("word", "error", "right"), [("BLOOM", 0.06, 0.75), ("Megatron-DeepSpeed", 0.2, 0.75), ("Megatron-LM", 0.3, 0.95)])
+def test_a_whole_cluster_or_software_left_out(published: list[Run], word: str, error: float, right: float) -> None:
+    held = [run for run in published if run.seconds and word in " ".join(run.groups)]
+    fitted = fit([run for run in published if run not in held])
+    found = score(held, [fitted.predict(run) for run in held])
+    assert found.error < error
+    assert found.right >= right * found.pairs
+
+
 def test_few_runs_predict_many(published: list[Run]) -> None:
     """A fit to a random half orders and predicts the other half."""
     runs = [run for run in published if run.seconds]
@@ -112,10 +121,10 @@ def test_the_fit_is_deterministic(published: list[Run]) -> None:
 
 
 def test_what_fitted_and_what_did_not(published: list[Run]) -> None:
-    assert all(fits(run) for run in published if run.seconds)
+    assert all(fits_in_memory(run) for run in published if run.seconds)
     out_of_memory = [run for run in published if run.out_of_memory]
     assert out_of_memory
-    assert not any(fits(run) for run in out_of_memory)
+    assert not any(fits_in_memory(run) for run in out_of_memory)
 
 
 def test_layers_that_do_not_divide() -> None:
@@ -151,6 +160,7 @@ def test_what_a_row_leaves_out_is_assumed_and_said(file: Path) -> None:
     assert one(file, dp="").plans[0].layout.data == 4
     assert one(file, n_devices="").cluster.num_devices == 384
     assert one(file, iter_s="", mem_gb="OOM").out_of_memory
+    assert one(file, hardware="Ascend910B (64 GB)").cluster.name == "ascend910b"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +220,7 @@ def test_random_damage_never_crashes(file: Path) -> None:
             assert row.run or row.reason
             if row.run:
                 assert Fit.default().predict(row.run) > 0
-                fits(row.run)
+                fits_in_memory(row.run)
 
 
 def test_too_few_runs_are_no_fit(file: Path) -> None:

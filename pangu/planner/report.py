@@ -61,32 +61,40 @@ def in_words(plan: Plan) -> str:
     return ", ".join(words)
 
 
-def plans_table(candidates: Sequence[Candidate], title: str) -> Table:
-    """A row a plan: layout, seconds by cause, GiB by kind."""
-    times, memories = [seconds_by_cause(one.time) for one in candidates], [gib_by_kind(one.memory) for one in candidates]
-    # What no plan of the table spends is not a column of it.
-    causes = [cause for cause in times[0] if any(time[cause] >= 5e-4 * sum(time.values()) for time in times)]
-    kinds = [kind for kind in memories[0] if any(memory[kind] >= 0.05 for memory in memories)]
-    table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("", "t", "p", "d", "order", "stages", "ZeRO", "seq", "recompute", "mb"):
-        table.add_column(heading, justify="left" if heading in ("order", "stages", "recompute") else "right", no_wrap=True)
-    for heading in ("step s", *causes, "GiB", *kinds):
-        table.add_column(heading.replace("_", " "), justify="right")
-    for rank, (one, time, memory) in enumerate(zip(candidates, times, memories, strict=True), start=1):
+def plan_tables(candidates: Sequence[Candidate], title: str) -> list[Table]:
+    """A row a plan: what it is; its seconds by cause; the GiB of its fullest stage by kind."""
+    plans = _table(title, "", "tensor", "pipe", "data", "order", "layers", "ZeRO", "seq", "recompute", "batch", "step s", "GiB")
+    for rank, one in enumerate(candidates, start=1):
         plan, layout = one.plan, one.plan.layout
-        table.add_row(
+        plans.add_row(
             *map(str, (rank, layout.tensor, layout.pipeline, layout.data)),
             layout.order if layout.pipeline > 1 and layout.data > 1 else "",
             layers_in_words(plan.stage_layers),
-            f"{plan.zero_stage}{' off' if plan.offload_optimizer else ''}",
-            "yes" if plan.sequence_parallel else "",
+            f"{plan.zero_stage}{' offload' if plan.offload_optimizer else ''}",
+            "yes" if plan.sequence_parallel else "no",
             plan.recompute,
             str(plan.micro_batch_size),
             f"{one.time.total:.3g}",
-            *(f"{time[cause]:.2g}" for cause in causes),
             f"{one.memory.total / GIB:.1f}",
-            *(f"{memory[kind]:.1f}" for kind in kinds),
         )
+    causes = [seconds_by_cause(one.time) for one in candidates]
+    kinds = [gib_by_kind(one.memory) for one in candidates]
+    return [plans, _split("seconds by cause", causes, "{:.2g}"), _split("GiB of the fullest stage by kind", kinds, "{:.1f}")]
+
+
+def _split(title: str, parts: Sequence[dict[str, float]], form: str) -> Table:
+    """A row a plan, a column for each part that any of them has."""
+    names = [name for name in parts[0] if any(one[name] >= 0.001 * sum(one.values()) for one in parts)]
+    table = _table(title, "", *(name.replace("_", " ") for name in names))
+    for rank, one in enumerate(parts, start=1):
+        table.add_row(str(rank), *(form.format(one[name]) for name in names))
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("order", "layers", "ZeRO", "recompute") else "right", no_wrap=True)
     return table
 
 
@@ -148,7 +156,7 @@ def draw(path: Path, outcome: Outcome, num_bars: int) -> None:
         bars.bar(places, values, bottom=below, label=cause.replace("_", " "))
         below = [low + value for low, value in zip(below, values, strict=True)]
     bars.set(xlabel="plan", ylabel="seconds a step", title="the best, by cause", xticks=places)
-    bars.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -116,7 +116,8 @@ class Search:
                         least = min(least, memory.total)
                         if memory.total > self.budget:
                             break  # a larger micro-batch needs more
-                        fitting += [Candidate(placed, stage, memory, self.time.step(placed)) for placed in _placements(plan, wanted)]
+                        times = {self.time.step(placed): placed for placed in reversed(_placements(plan, wanted))}
+                        fitting += [Candidate(placed, stage, memory, time) for time, placed in times.items()]
                     candidates += fitting
                     if fitting:
                         break  # offloading makes no plan faster
@@ -252,12 +253,12 @@ def divisors(number: int) -> list[int]:
     return small + [number // one for one in reversed(small) if one * one != number]
 
 
-def _placements(plan: Plan, wanted: Wanted) -> Iterator[Plan]:
+def _placements(plan: Plan, wanted: Wanted) -> list[Plan]:
     """The plan with either axis nearer, where there are two."""
     layout = plan.layout
     both = layout.pipeline > 1 and layout.data > 1
-    for order in _chosen("parallel.order", ["tp-dp-pp", "tp-pp-dp"] if both else ["tp-dp-pp"], wanted):
-        yield replace(plan, layout=replace(layout, order=order))
+    orders = _chosen("parallel.order", ["tp-dp-pp", "tp-pp-dp"] if both else ["tp-dp-pp"], wanted)
+    return [replace(plan, layout=replace(layout, order=order)) for order in orders]
 
 
 def _chosen(key: str, usual: list[Any], wanted: Wanted) -> list[Any]:

@@ -23,7 +23,7 @@ from pangu.planner.memory import ACCELERATOR, CPU, GIB
 from pangu.planner.plan import Plan, workload_of
 from pangu.planner.profile import Profile, load_profile
 from pangu.planner.recipe import RECIPES, recipe, write_recipe
-from pangu.planner.report import as_json, comparison_table, draw, in_words, left_out_table, plans_table
+from pangu.planner.report import as_json, comparison_table, draw, in_words, left_out_table, plan_tables
 from pangu.planner.search import KEYS, Candidate, Outcome, Search, server_devices, smallest_cluster
 from pangu.presets import MODEL_PRESETS, num_parameters
 
@@ -175,14 +175,14 @@ def _print(facts: dict[str, Any], outcome: Outcome, top: int) -> None:
         f"a global batch of {facts['global_batch_size']:,} x {facts['sequence_length']:,} tokens; {len(outcome.candidates):,} plans fit\n",
         markup=False,
     )
-    console.print(plans_table(outcome.candidates[:top], "the fastest; t, p, d: tensor, pipeline, data; mb: micro-batch; seconds, then GiB"))
-    smaller = [one for one in outcome.pareto if one not in outcome.candidates[:top]]
-    if smaller:
-        console.print()
-        console.print(plans_table(smaller[:top], "slower, but with less memory than every faster one"))
+    tables = plan_tables(outcome.candidates[:top], "the fastest")
+    if smaller := [one for one in outcome.pareto if one not in outcome.candidates[:top]]:
+        tables += plan_tables(smaller[:top], "slower, but with less memory than every faster one")
     if outcome.pruned:
+        tables.append(left_out_table(outcome))
+    for table in tables:
+        console.print(table)
         console.print()
-        console.print(left_out_table(outcome))
 
 
 def _remarks(facts: dict[str, Any], cluster: Cluster, chosen: Candidate) -> list[str]:

@@ -38,6 +38,8 @@ class Device(Section):
     """GB/s."""
     host_bandwidth: Figure
     """GB/s between the device and host memory, one way, while all devices of a server do: what offloading pays."""
+    host_memory_gib: Figure
+    """A device's share of its server's memory: what offloading may fill."""
     peak_tflops: Annotated[dict[Literal["fp32", "bf16", "fp16"], Figure], Field(min_length=1)]
     """Dense matrix products in each precision the device has."""
 

@@ -63,14 +63,14 @@ def in_words(plan: Plan) -> str:
 
 def plan_tables(candidates: Sequence[Candidate], title: str) -> list[Table]:
     """A row a plan: what it is; its seconds by cause; the GiB of its fullest stage by kind."""
-    plans = _table(title, "", "tensor", "pipe", "data", "order", "layers", "ZeRO", "seq", "recompute", "batch", "step s", "GiB")
+    plans = _table(title, "", "t", "p", "d", "order", "layers", "ZeRO", "seq", "recompute", "mb", "step s", "GiB")
     for rank, one in enumerate(candidates, start=1):
         plan, layout = one.plan, one.plan.layout
         plans.add_row(
             *map(str, (rank, layout.tensor, layout.pipeline, layout.data)),
             layout.order if layout.pipeline > 1 and layout.data > 1 else "",
             layers_in_words(plan.stage_layers),
-            f"{plan.zero_stage}{' offload' if plan.offload_optimizer else ''}",
+            f"{plan.zero_stage}{' off' if plan.offload_optimizer else ''}",
             "yes" if plan.sequence_parallel else "no",
             plan.recompute,
             str(plan.micro_batch_size),
@@ -92,7 +92,7 @@ def _split(title: str, parts: Sequence[dict[str, float]], form: str) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", show_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("order", "layers", "ZeRO", "recompute") else "right", no_wrap=True)
     return table
@@ -111,7 +111,7 @@ def layers_in_words(stage_layers: Sequence[int]) -> str:
 
 def left_out_table(outcome: Outcome) -> Table:
     """Where no plan was found, and why."""
-    table = Table("left out", "because", show_edge=False)
+    table = Table("left out", "because", box=None, pad_edge=False)
     for region, reason in outcome.pruned:
         table.add_row(region, reason)
     return table
@@ -119,7 +119,7 @@ def left_out_table(outcome: Outcome) -> Table:
 
 def comparison_table(best: Candidate, other: Candidate) -> Table:
     """A plan beside the best one: where it takes longer, where it needs more."""
-    table = Table(show_edge=False)
+    table = Table(box=None, pad_edge=False)
     for heading in ("", "this plan", "the best", "difference"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = [("seconds", {"step": one.time.total, **seconds_by_cause(one.time)}) for one in (other, best)]

@@ -66,8 +66,6 @@ class Outcome:
     candidates: list[Candidate]
     """What fits, fastest first."""
     pruned: list[Pruned]
-    looked_at: int
-    """Plans whose memory was computed."""
 
     @property
     def pareto(self) -> list[Candidate]:
@@ -95,52 +93,58 @@ class Search:
     def __init__(self, workload: Workload, cluster: Cluster, profile: Profile, platform: Platform = ACCELERATOR) -> None:
         self.workload, self.cluster, self.platform = workload, cluster, platform
         self.time = TimeModel(workload, cluster, profile)
-        self.budget = cluster.device.memory_gib.value * GIB
+        self.device_gib, self.host_gib = cluster.device.memory_gib.value, cluster.device.host_memory_gib.value
 
-    def run(self, wanted: Wanted | None = None) -> Outcome:
-        """Look at every plan on all devices that has the values `wanted`."""
+    def share(self, memory: MemoryEstimate) -> float:
+        """How much of its memory a rank needs, of the device's or of the host's, whichever is fuller; it fits up to 1."""
+        return max(memory.total / (self.device_gib * GIB), memory.states.host / (self.host_gib * GIB))
+
+    def need(self, memory: MemoryEstimate) -> str:
+        """The same in words."""
+        if memory.states.host / self.host_gib > memory.total / self.device_gib:
+            return f"needs {memory.states.host / GIB:,.1f} GiB of host memory a device, of {self.host_gib:,.0f}"
+        return f"needs {memory.total / GIB:,.1f} GiB a device, of {self.device_gib:,.0f}"
+
+    def run(self, wanted: Wanted | None = None, limit: float = 1.0) -> Outcome:
+        """Look at every plan on all devices that has the values `wanted` and needs no more than `limit` of a rank's memory."""
         wanted = wanted or {}
         candidates: list[Candidate] = []
         pruned: list[Pruned] = []
-        looked_at = 0
-        too_small: dict[int, list[tuple[float, Topology]]] = {}
+        too_small: dict[int, list[tuple[Topology, MemoryEstimate]]] = {}
         for layout in self._layouts(wanted, pruned):
-            found, least = len(candidates), math.inf
+            found, smallest = len(candidates), []
             for family in self._families(layout, wanted):
                 for offloaded in self._offloadings(family, wanted):
-                    fitting = []
+                    fitting: list[Candidate] = []
                     for micro_batch in self._micro_batches(layout, wanted):
                         plan = replace(offloaded, micro_batch_size=micro_batch)
                         stage, memory = self.fullest_stage(plan)
-                        looked_at += 1
-                        least = min(least, memory.total)
-                        if memory.total > self.budget:
+                        if self.share(memory) > limit:
+                            smallest.append(memory)
                             break  # a larger micro-batch needs more
                         times = {self.time.step(placed): placed for placed in reversed(_placements(plan, wanted))}
                         fitting += [Candidate(placed, stage, memory, time) for time, placed in times.items()]
                     candidates += fitting
                     if fitting:
                         break  # offloading makes no plan faster
-            if len(candidates) == found:
-                too_small.setdefault(layout.tensor, []).append((least / GIB, layout))
+            if len(candidates) > found:
+                continue
+            if smallest:
+                too_small.setdefault(layout.tensor, []).append((layout, min(smallest, key=self.share)))
+            else:
+                pruned.append(Pruned(_some_layouts(layout.tensor, [layout]), "the micro-batch does not divide a rank's samples"))
         for tensor, regions in too_small.items():
-            least, layout = min(regions, key=lambda region: region[0])
-            reason = f"needs {least:.1f} GiB a device or more (pipeline {layout.pipeline}), of {self.budget / GIB:.0f}"
-            if least == math.inf:
-                reason = "no micro-batch divides a rank's samples"
-            pruned.append(Pruned(f"tensor {tensor}, pipeline {_some([layout.pipeline for _, layout in regions])}", reason))
+            layout, memory = min(regions, key=lambda region: self.share(region[1]))
+            reason = f"{self.need(memory)} (pipeline {layout.pipeline})"
+            pruned.append(Pruned(_some_layouts(tensor, [layout for layout, _ in regions]), reason))
         candidates.sort(key=lambda one: (one.time.total, one.memory.total))
-        return Outcome(candidates, pruned, looked_at)
+        return Outcome(candidates, pruned)
 
     def explain(self, wanted: Wanted) -> Candidate | None:
         """The fastest plan with the values `wanted`; where none fits, the one that needs least memory; None where there is none at all."""
         if fitting := self.run(wanted).candidates:
             return fitting[0]
-        budget, self.budget = self.budget, math.inf
-        try:
-            return min(self.run(wanted).candidates, key=lambda one: one.memory.total, default=None)
-        finally:
-            self.budget = budget
+        return min(self.run(wanted, limit=math.inf).candidates, key=lambda one: self.share(one.memory), default=None)
 
     def fullest_stage(self, plan: Plan) -> tuple[int, MemoryEstimate]:
         """The pipeline stage that needs most memory, and how much a rank of it needs."""
@@ -148,12 +152,15 @@ class Search:
         # Of stages in the middle with equally many layers the earliest has most micro-batches in flight.
         middle = {layers: stage for stage, layers in reversed([*enumerate(plan.stage_layers)][1:last])}
         estimates = {stage: estimate_memory(self.workload, plan, stage, self.platform) for stage in {0, *middle.values(), last}}
-        return max(estimates.items(), key=lambda item: item[1].total)
+        return max(estimates.items(), key=lambda item: (self.share(item[1]), item[1].total))
 
     def fits(self) -> bool:
         """Whether any plan fits."""
         return any(
-            self.fullest_stage(family)[1].total <= self.budget for layout in self._layouts({}, []) for family in self._families(layout, {})
+            self.share(self.fullest_stage(plan)[1]) <= 1.0
+            for layout in self._layouts({}, [])
+            for family in self._families(layout, {})
+            for plan in self._offloadings(family, {})
         )
 
     def _layouts(self, wanted: Wanted, pruned: list[Pruned]) -> Iterator[Topology]:
@@ -231,7 +238,7 @@ class Search:
 
 
 def smallest_cluster(search: Search, profile: Profile, limit: int = 2**17) -> int | None:
-    """The least number of devices of this kind that some plan fits on, of 1, 2, 3, 4, 6, 8, 12 … and then whole servers; None: none does."""
+    """The least number of devices of this kind that some plan fits on, of 1, 2, 3, 4, 6, 8, 12 … and then whole servers; None: none."""
     server = server_devices(search.cluster)
     for number in sorted({base * 2**power for base in (1, 3) for power in range(18)}):
         if number <= limit and (number <= server or number % server == 0):
@@ -259,6 +266,10 @@ def _placements(plan: Plan, wanted: Wanted) -> list[Plan]:
     both = layout.pipeline > 1 and layout.data > 1
     orders = _chosen("parallel.order", ["tp-dp-pp", "tp-pp-dp"] if both else ["tp-dp-pp"], wanted)
     return [replace(plan, layout=replace(layout, order=order)) for order in orders]
+
+
+def _some_layouts(tensor: int, layouts: Sequence[Topology]) -> str:
+    return f"tensor {tensor}, pipeline {_some([layout.pipeline for layout in layouts])}"
 
 
 def _chosen(key: str, usual: list[Any], wanted: Wanted) -> list[Any]:

@@ -141,8 +141,8 @@ def _wanted(words: list[str]) -> dict[str, Any]:
 def _verdict(search: Search, best: Candidate, chosen: Candidate, values: dict[str, Any], path: Path) -> str:
     """What speaks against a plan."""
     problems = []
-    if chosen.memory.total > search.budget:
-        problems.append(f"does not fit: stage {chosen.stage} needs {chosen.memory.total / GIB:.1f} GiB a device, of {search.budget / GIB:.0f}")
+    if search.share(chosen.memory) > 1.0:
+        problems.append(f"does not fit: stage {chosen.stage} {search.need(chosen.memory)}")
     try:
         validate_layout(parse_config(values, path), search.cluster.num_devices)
     except (InputError, LayoutError) as error:
@@ -159,9 +159,13 @@ def _nowhere(search: Search, profile: Profile, outcome: Outcome) -> str:
     device, workload = search.cluster.device.name, search.workload
     number = smallest_cluster(search, profile)
     return (
-        f"{num_parameters(workload.model) / 1e9:.1f} billion parameters with a global batch of {workload.global_batch_size} have no plan on "
-        f"{search.cluster.num_devices:,} x {device}. "
-        + (f"The smallest cluster of them with a plan has {number:,} (--devices {number}). " if number else f"No number of {device} has one. ")
+        f"{num_parameters(workload.model) / 1e9:.1f} billion parameters with a global batch of {workload.global_batch_size} have no plan "
+        f"on {search.cluster.num_devices:,} x {device}. "
+        + (
+            f"The smallest cluster of them with a plan has {number:,} (--devices {number}). "
+            if number
+            else f"No number of {device} has one. "
+        )
         + "; ".join(f"{region}: {reason}" for region, reason in outcome.pruned)
         + "."
     )
@@ -171,11 +175,11 @@ def _print(facts: dict[str, Any], outcome: Outcome, top: int) -> None:
     """Everything for people."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(
-        f"{facts['model']}: {facts['parameters']:,} parameters on {facts['devices']:,} devices of {facts['cluster']}, {facts['precision']}, "
-        f"a global batch of {facts['global_batch_size']:,} x {facts['sequence_length']:,} tokens; {len(outcome.candidates):,} plans fit\n",
+        f"{facts['model']}: {facts['parameters']:,} parameters on {facts['devices']:,} devices of {facts['cluster']}, "
+        f"{facts['precision']}, a global batch of {facts['global_batch_size']:,} x {facts['sequence_length']:,} tokens; {len(outcome.candidates):,} plans fit\n",
         markup=False,
     )
-    tables = plan_tables(outcome.candidates[:top], "the fastest")
+    tables = plan_tables(outcome.candidates[:top], "the fastest (t, p, d: tensor, pipeline, data parallel; mb: micro-batch)")
     if smaller := [one for one in outcome.pareto if one not in outcome.candidates[:top]]:
         tables += plan_tables(smaller[:top], "slower, but with less memory than every faster one")
     if outcome.pruned:

@@ -176,7 +176,8 @@ def _print(facts: dict[str, Any], outcome: Outcome, top: int) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"{facts['model']}: {facts['parameters']:,} parameters on {facts['devices']:,} devices of {facts['cluster']}, "
-        f"{facts['precision']}, a global batch of {facts['global_batch_size']:,} x {facts['sequence_length']:,} tokens; {len(outcome.candidates):,} plans fit\n",
+        f"{facts['precision']}, a global batch of {facts['global_batch_size']:,} x {facts['sequence_length']:,} tokens; "
+        f"{len(outcome.candidates):,} plans fit\n",
         markup=False,
     )
     tables = plan_tables(outcome.candidates[:top], "the fastest (t, p, d: tensor, pipeline, data parallel; mb: micro-batch)")

@@ -1,55 +1,17 @@
 """The fit to published runs: how far it can be trusted, and that no table makes it stumble."""
 
-import csv
-import io
-import json
 import random
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+from published_runs import table
 
 from pangu.errors import InputError
 from pangu.planner.profile import Profile, load_profile
 from pangu.planner.reference import COLUMNS, Row, Run, read_runs, spread_layers
 from pangu.planner.validation import Fit, cross_validate, fit, fits_in_memory, score
 
-ROOT = Path(__file__).parents[3]
-CLUSTERS = ROOT / "ds_configs" / "clusters"
-sys.path.insert(0, str(ROOT / "tools"))
-
-RUN = {
-    "id": "one",
-    "family": "BLOOM sweep",
-    "source": "a log (02-21)",
-    "layers": "72",
-    "hidden": "14336",
-    "heads": "64",
-    "vocab": "250880",
-    "seq": "2048",
-    "global_batch": "2048",
-    "micro_batch": "4",
-    "tp": "8",
-    "pp": "12",
-    "dp": "4",
-    "zero": "1",
-    "recompute": "full",
-    "seqpar": "0",
-    "precision": "bf16",
-    "hardware": "A100-80",
-    "n_devices": "384",
-    "iter_s": "123.69",
-    "mem_gb": "49",
-}
-
-
-def table(*changes: dict[str, str]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="")
-    writer.writeheader()
-    writer.writerows({**RUN, **change} for change in changes)
-    return text.getvalue()
+CLUSTERS = Path(__file__).parents[3] / "ds_configs" / "clusters"
 
 
 def read(path: Path, *changes: dict[str, str]) -> list[Row]:
@@ -235,41 +197,3 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("matmul_efficiency: 1.5\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"p\.yaml: matmul_efficiency = 1\.5"):
         load_profile(tmp_path / "p.yaml")
-
-
-def plan_parallel(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["plan_parallel.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / "tools" / "plan_parallel.py"), run_name="__main__")
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
-
-
-def test_the_command(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    read(file, {}, {"id": "two", "micro_batch": "1", "iter_s": "143.31"}, {"id": "three", "pp": "6", "dp": "8"}, {"id": "[/x]", "seq": ""})
-    profile = tmp_path / "profile.yaml"
-    assert plan_parallel(monkeypatch, "validate", "--fit", file, "--runs", file, "--output", profile, "--json") == 0
-    printed = capsys.readouterr()
-    rows = json.loads(printed.out)
-    assert [sorted(row) for row in rows] == [["feasible", "id", "measured_iter_s", "predicted_iter_s"]] * 4
-    assert [row["id"] for row in rows] == ["one", "two", "three", "[/x]"]
-    assert rows[0]["predicted_iter_s"] == pytest.approx(123.69, rel=0.1)
-    assert rows[0]["feasible"] is True
-    assert rows[3] == {"id": "[/x]", "feasible": None, "predicted_iter_s": None, "measured_iter_s": None}
-    assert "[/x]: seq is empty (not predicted)" in printed.err
-    assert plan_parallel(monkeypatch, "validate", "--profile", profile, "--runs", file) == 0
-    assert "pairs of one family and day are in order" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["validate"], "nothing to predict"),
-        (["validate", "--cross"], "--cross predicts runs of the file that is fitted"),
-        (["validate", "--runs", "nowhere.csv"], "nowhere.csv: cannot be read"),
-    ],
-)
-def test_refused_options(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_parallel(monkeypatch, *arguments) == 2
-    assert message in capsys.readouterr().err

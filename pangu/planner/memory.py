@@ -101,7 +101,7 @@ def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platfo
 def micro_batch_parts_in_flight(plan: Plan, stage: int, micro_batches: int) -> int:
     """How many forward passes of its model parts a stage is ahead of its backward passes at most.
 
-    1F1B: as many as there are stages from it to the end. Interleaved: see arXiv 2104.04473, section 2.2; of the first stage's layers that is
+    1F1B: as many as there are stages from it to the end. Interleaved: see arXiv 2104.04473, section 2.2; of the first stage's layers it is
     1 + (p - 1) / (p v) times what 1F1B holds.
     """
     stages, parts = plan.layout.pipeline, plan.interleave
@@ -202,7 +202,8 @@ def exchanged_bytes(workload: Workload, plan: Plan, in_flight: int, *, first: bo
     is_gathered = sent < held
     # It has two buffers even where one micro-batch is in flight.
     buffers = min(max(2, in_flight), plan.micro_batches(workload))
-    kept = 0
+    # Copies of the ids: of tokens and positions on the first stage, of positions on the others.
+    kept = tokens * (16 * in_flight if first else 8 * buffers)
     if not first:
         # Received copies; what is gathered from the parts takes the copy's place, and is what the first layer keeps.
         kept += sent + (buffers - in_flight if is_gathered else buffers) * held

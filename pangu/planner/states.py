@@ -1,7 +1,7 @@
 """Device memory of what belongs to the parameters, as DeepSpeed 0.19 keeps it: weights, gradients, Adam's states, buffers.
 
-Source of what is sharded: ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5). Copies, paddings and buffers are those of the live tensors
-of real engines (tests/pangu/planner/test_real_memory.py).
+Source of what is sharded: ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5). Copies, paddings and buffers are those of the live
+tensors of real engines (tests/pangu/planner/test_real_memory.py).
 """
 
 from __future__ import annotations

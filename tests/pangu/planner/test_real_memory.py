@@ -1,4 +1,7 @@
-"""The memory model against what real engines allocate on CPU: parameters, gradients and optimizer to the byte, activations to 3 %."""
+"""The memory model against what real engines allocate on CPU: parameters, gradients and optimizer to the byte, activations to 1 %.
+
+In a pipeline the latter is 8 %: DeepSpeed keeps single tensors of earlier micro-batches alive that no formula here names.
+"""
 
 from __future__ import annotations
 
@@ -152,4 +155,4 @@ def test_memory_is_what_torch_holds(case: str) -> None:
         ours = [(held, live) for at, held, live in measured if at == stage]
         assert max(held for held, _ in ours) == states
         for _, live in ours:
-            assert kept == pytest.approx(live, rel=0.03)
+            assert kept == pytest.approx(live, rel=0.01 if config.parallel.pipeline == 1 else 0.08)

@@ -1,8 +1,10 @@
 """Where a rank sits in the grid of pipeline, data and tensor parallelism, and the process groups along each axis.
 
-The tensor axis varies fastest, the pipeline axis slowest: `rank = (pipe * data_size + data) * tensor_size + tensor`. Tensor-parallel
-neighbours therefore share a server, as in the paper (arXiv 2104.12369, section 4.2). Of the other two axes the data-parallel one is nearer,
-where the paper has the pipeline: it is how DeepSpeed's `PipeModelDataParallelTopology`, which the engine uses, numbers ranks.
+The tensor axis varies fastest, so that tensor-parallel neighbours share a server, as in the paper (arXiv 2104.12369, section 4.2). Of the
+other two the order says which is nearer, in Megatron-LM's names:
+
+    tp-dp-pp    rank = (pipe * data_size + data) * tensor_size + tensor, as DeepSpeed's `PipeModelDataParallelTopology` numbers ranks
+    tp-pp-dp    rank = (data * pipe_size + pipe) * tensor_size + tensor, the paper's: the stages of a pipeline are neighbours
 """
 
 from __future__ import annotations
@@ -10,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+Order = Literal["tp-dp-pp", "tp-pp-dp"]
+"""The axes of the grid of processes, the one that varies fastest first."""
 
 
 class LayoutError(ValueError):
@@ -42,11 +48,12 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the three axes of the grid of processes."""
+    """Sizes of the three axes of the grid of processes, and their order."""
 
     tensor: int
     pipeline: int
     data: int
+    order: Order = "tp-dp-pp"
 
     def __post_init__(self) -> None:
         for axis in ("tensor", "pipeline", "data"):
@@ -54,7 +61,7 @@ class Topology:
                 raise LayoutError(f"the {axis}-parallel size is {getattr(self, axis)}; it must be 1 or more.")
 
     @classmethod
-    def from_world_size(cls, world_size: int, *, tensor: int, pipeline: int) -> Topology:
+    def from_world_size(cls, world_size: int, *, tensor: int, pipeline: int, order: Order = "tp-dp-pp") -> Topology:
         """The grid of `world_size` processes; the data-parallel size is what remains.
 
         Raises:
@@ -66,7 +73,7 @@ class Topology:
                 f"{world_size} is not a multiple of {tensor} x {pipeline} = {tensor * pipeline}. "
                 f"Start a multiple of {tensor * pipeline} processes, or change parallel.tensor or parallel.pipeline."
             )
-        return cls(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline))
+        return cls(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline), order=order)
 
     @property
     def world_size(self) -> int:
@@ -78,12 +85,16 @@ class Topology:
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} processes.")
         rest, tensor = divmod(rank, self.tensor)
-        pipe, data = divmod(rest, self.data)
+        if self.order == "tp-dp-pp":
+            pipe, data = divmod(rest, self.data)
+        else:
+            data, pipe = divmod(rest, self.pipeline)
         return Coordinates(pipe=pipe, data=data, tensor=tensor)
 
     def rank(self, pipe: int, data: int, tensor: int) -> int:
         """The global rank at a place."""
-        return (pipe * self.data + data) * self.tensor + tensor
+        outer = pipe * self.data + data if self.order == "tp-dp-pp" else data * self.pipeline + pipe
+        return outer * self.tensor + tensor
 
     def tensor_groups(self) -> list[tuple[int, ...]]:
         """Global ranks of every tensor-parallel group: they hold slices of the same layers and see the same samples."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_ext.topology import Topology
+from megatron_ext.topology import Order, Topology
 from pangu.config_file import apply_override, read_json, read_yaml
 from pangu.errors import InputError
 from pangu.presets import MODEL_PRESETS, Preset, num_parameters
@@ -95,6 +95,12 @@ class ParallelConfig(Section):
     """Ranks that share each layer's matrices. Keep it inside one server."""
     pipeline: Count = 1
     """Stages the layers are cut into. More than one needs `zero_stage` 1."""
+    stage_layers: list[Count] | None = None
+    """Transformer layers of each pipeline stage, the query layer included; null = balanced by parameters. The first stage holds the
+    embeddings besides, the last the logits."""
+    order: Order = "tp-dp-pp"
+    """Which ranks are neighbours. Tensor-parallel ones always; next in `tp-dp-pp` data-parallel ones, in `tp-pp-dp` the stages of a
+    pipeline, as in the paper."""
     sequence: bool = False
     """Sequence parallelism: split what tensor parallelism leaves whole along the sequence. Less memory, the same traffic."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -340,6 +346,15 @@ def validate_layout(config: Config, world_size: int) -> Topology:
             f"parallel.pipeline = {parallel.pipeline} is more stages than model.num_layers = {model.num_layers}"
             f"{_preset_note(model, 'num_layers')}. Choose {model.num_layers} or fewer."
         )
+    if (counts := parallel.stage_layers) is not None:
+        given = f"parallel.stage_layers = {counts}"
+        if len(counts) != parallel.pipeline:
+            raise InputError(f"{given} has {len(counts)} stages, but parallel.pipeline = {parallel.pipeline}. Make the two agree.")
+        if sum(counts) != model.num_layers:
+            raise InputError(
+                f"{given} has {sum(counts)} layers, but model.num_layers = {model.num_layers}{_preset_note(model, 'num_layers')}. "
+                "The query layer counts; make the two agree."
+            )
     if parallel.pipeline > 1 and parallel.zero_stage != 1:
         reason = (
             "DeepSpeed without ZeRO leaves the later stages out of the gradient norm"
@@ -355,7 +370,7 @@ def validate_layout(config: Config, world_size: int) -> Topology:
             f"parallel.zero_stage = 0 does not work with train.precision = {train.precision}: DeepSpeed's 16-bit optimizer without ZeRO "
             "clips by each rank's own gradient norm. Set parallel.zero_stage=1, or train.precision=fp32."
         )
-    layout = Topology.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    layout = Topology.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, order=parallel.order)
     deepspeed_config(config, layout)  # refuses batch arithmetic and a JSON that contradicts
     return layout
 
@@ -403,8 +418,7 @@ def deepspeed_config(config: Config, layout: Topology) -> dict[str, Any]:
     if precision == "fp16":
         loss_scale = {"loss_scale": 0, "initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
         result["fp16"] = loss_scale | result["fp16"]
-    # A bucket larger than the model is memory for nothing; 500,000,000 elements is DeepSpeed's own default.
-    result["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, num_parameters(config.model)))
+    result["zero_optimization"].setdefault("reduce_bucket_size", default_bucket_size(config.model))
     ours_where_unsaid = {
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloading works with any torch optimizer; DeepSpeed's own needs a compiler
@@ -414,6 +428,11 @@ def deepspeed_config(config: Config, layout: Topology) -> dict[str, Any]:
         "checkpoint": {"tag_validation": "Ignore"},
     }
     return ours_where_unsaid | result
+
+
+def default_bucket_size(model: ModelConfig) -> int:
+    """Elements that DeepSpeed reduces at once: a bucket larger than the model is memory for nothing, 500,000,000 is DeepSpeed's own."""
+    return min(500_000_000, num_parameters(model))
 
 
 def _preset_note(model: ModelConfig, key: str) -> str:

@@ -97,6 +97,8 @@ class Checkpoint:
     layout: dict[str, int]
     model: dict[str, Any]
     """By `ModelConfig` key."""
+    stage_layers: Any
+    """What the manifest says of the pipeline's cut, unchecked; None in one that is older than this."""
     precision: str
     progress: dict[str, Any]
     opened: set[str] = field(default_factory=set)
@@ -155,6 +157,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         sizes = {name: described["bytes"] for name, described in manifest["files"].items()}
         layout = {key: identity[stored] for key, stored in _LAYOUT.items()}
         model = {key: identity[f"model.{key}"] for key in ModelConfig.model_fields if f"model.{key}" in identity}
+        stage_layers = identity.get("parallel.stage_layers")
         precision, progress = identity["train.precision"], manifest["progress"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{folder / MANIFEST}: not the manifest of a complete checkpoint.") from None
@@ -162,7 +165,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     whole = all(type(value) is int and lowest[key] <= value <= len(sizes) + 3 for key, value in layout.items())
     if not whole or precision not in ("fp32", "bf16", "fp16") or not isinstance(progress, dict) or not all(map(_is_size, sizes.values())):
         raise InputError(f"{folder / MANIFEST}: describes no layout that can be: {json.dumps(layout)[:200]}.")
-    return Checkpoint(folder, sizes, layout, model, precision, progress)
+    return Checkpoint(folder, sizes, layout, model, stage_layers, precision, progress)
 
 
 def _is_size(value: Any) -> bool:

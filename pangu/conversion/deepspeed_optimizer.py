@@ -11,7 +11,7 @@ resumes on another layout opens the files of the stages and tensor ranks whose p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from pangu.conversion.torch_file import StoredTensor
 from pangu.conversion.torch_pickle import Opaque
 from pangu.conversion.weights import LazyTensor
 from pangu.errors import InputError
-from pangu.model.pipeline import stage_bounds
+from pangu.model.stages import balanced_layers, stage_bounds
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """Of every parameter: its weights in fp32, and Adam's running means of the gradient and of its square."""
@@ -169,13 +169,29 @@ def _places(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, _Place]:
         return {spec.name: _Place(name, 0, spec) for name, spec in specs.items()}
     if config.num_layers > len(checkpoint.sizes):
         raise InputError(f"{checkpoint.folder}: {config.num_layers} layers, but just {len(checkpoint.sizes)} files.")
-    bounds = stage_bounds(config, checkpoint.layout["pipeline"])
+    bounds = stage_bounds(config, _stage_layers(checkpoint, config))
     places: dict[str, _Place] = {}
     for index, specs in enumerate(pipeline_parameters(config)):
         stage = next(stage for stage in range(len(bounds) - 1) if index < bounds[stage + 1])
         for name, spec in specs.items():
             places.setdefault(spec.name, _Place(f"tied_modules.words.{name}" if index == 0 else f"{index}.{name}", stage, spec))
     return places
+
+
+def _stage_layers(checkpoint: Checkpoint, config: ModelConfig) -> Sequence[int]:
+    """Transformer layers of each stage of the pipeline that saved the checkpoint."""
+    num_stages, layers = checkpoint.layout["pipeline"], checkpoint.stage_layers
+    if num_stages > config.num_layers:
+        raise InputError(f"{checkpoint.folder}: {num_stages} pipeline stages in its manifest for {config.num_layers} layers.")
+    if layers is None:
+        return balanced_layers(config, num_stages)
+    well_formed = type(layers) is list and len(layers) == num_stages and all(type(count) is int and count > 0 for count in layers)
+    if not well_formed or sum(layers) != config.num_layers:
+        raise InputError(
+            f"{checkpoint.folder}: its manifest's parallel.stage_layers = {str(layers)[:80]}, but {num_stages} stages with "
+            f"{config.num_layers} layers in all were expected."
+        )
+    return list(layers)
 
 
 def _cut_shard(checkpoint: Checkpoint, data_rank: int, model_rank: int) -> _Shard:

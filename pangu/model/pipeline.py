@@ -22,9 +22,11 @@ from pangu.model.block import Block, RunOptions
 from pangu.model.embedding import PositionEmbedding, WordEmbedding
 from pangu.model.model import language_model_loss
 from pangu.model.query_layer import QueryLayer
+from pangu.model.stages import stage_bounds
 
 if TYPE_CHECKING:
     from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe.topology import ProcessTopology
 
 Activations = tuple[Tensor, Tensor]
 """x_BSH on the residual stream, position_ids_BS int64 for the whole sequence."""
@@ -95,43 +97,6 @@ def pipeline_layers(config: ModelConfig, context: ParallelContext, options: RunO
     ]
 
 
-def layer_costs(config: ModelConfig) -> list[int]:
-    """What each entry of `pipeline_layers` weighs when stages are balanced: its parameters.
-
-    A block's time, memory and optimizer step go with its parameters; so do those of the logits, and the embedding's memory and step.
-    """
-    h, f = config.hidden_size, config.ffn_hidden_size
-    words, positions, block, norm = config.vocab_size * h, config.max_positions * h, 4 * h * h + 2 * h * f + 9 * h + f, 2 * h
-    query = block + positions
-    top = [norm, query] if config.final_norm == "before_query" else [query, norm]
-    return [words, positions, *[block] * (config.num_layers - 1), *top, words]
-
-
-def stage_bounds(config: ModelConfig, num_stages: int) -> list[int]:
-    """Stage s holds `pipeline_layers[bounds[s]:bounds[s + 1]]`: consecutive, never empty, the heaviest as light as can be."""
-    return balance(layer_costs(config), num_stages)
-
-
-def balance(costs: Sequence[int], num_parts: int) -> list[int]:
-    """Bounds that cut `costs` into consecutive non-empty parts with the least maximum; among those, with evenly filled parts."""
-    prefix = [0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-    # best[end]: (maximum, sum of squares, bounds) of the best cut of costs[:end] into the parts so far.
-    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [0])}
-    for part in range(1, num_parts + 1):
-        longest = len(costs) - (num_parts - part)
-        best = {
-            end: min(
-                (max(worst, prefix[end] - prefix[begin]), squares + (prefix[end] - prefix[begin]) ** 2, [*bounds, end])
-                for begin, (worst, squares, bounds) in best.items()
-                if begin < end
-            )
-            for end in range(part, longest + 1)
-        }
-    return best[len(costs)][2]
-
-
 def pipeline_loss(config: ModelConfig, context: ParallelContext) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
     """The loss function of the last stage: (logits, (labels, loss mask)) -> scalar."""
 
@@ -141,12 +106,21 @@ def pipeline_loss(config: ModelConfig, context: ParallelContext) -> Callable[[Te
     return loss
 
 
-def build_pipeline(config: ModelConfig, context: ParallelContext, options: RunOptions, topology: Topology) -> PipelineModule:
-    """This rank's stage as a DeepSpeed PipelineModule. torch.distributed must be initialised."""
-    from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+def build_pipeline(
+    config: ModelConfig, context: ParallelContext, options: RunOptions, topology: Topology, layers: Sequence[int]
+) -> PipelineModule:
+    """This rank's stage as a DeepSpeed PipelineModule. torch.distributed must be initialised.
 
-    bounds = stage_bounds(config, topology.pipeline)
+    Args:
+        config: the model.
+        context: where it runs and how it is split.
+        options: what this run decides.
+        topology: of the world that runs.
+        layers: transformer layers of each stage (pangu.model.stages).
+    """
+    from deepspeed.pipe import PipelineModule
+
+    bounds = stage_bounds(config, layers)
 
     class PanguPipeline(PipelineModule):
         """Cuts the layers where `stage_bounds` says; DeepSpeed's own methods build every layer, or do not count the logits."""
@@ -158,9 +132,18 @@ def build_pipeline(config: ModelConfig, context: ParallelContext, options: RunOp
     with quiet():
         return PanguPipeline(
             layers=pipeline_layers(config, context, options),
-            topology=PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data),
+            topology=_process_topology(topology),
             loss_fn=pipeline_loss(config, context),
         )
+
+
+def _process_topology(topology: Topology) -> ProcessTopology:
+    """The same grid as DeepSpeed names it: the axis that varies slowest first."""
+    from deepspeed.runtime.pipe.topology import ProcessTopology
+
+    sizes = {"pipe": topology.pipeline, "data": topology.data}
+    outer = ["pipe", "data"] if topology.order == "tp-dp-pp" else ["data", "pipe"]
+    return ProcessTopology(axes=[*outer, "model"], dims=[*(sizes[axis] for axis in outer), topology.tensor])
 
 
 @contextlib.contextmanager

@@ -1,43 +1,50 @@
-"""How much device memory a rank needs: model states as DeepSpeed keeps them, and activations.
+"""How much device memory a rank needs: model states as DeepSpeed keeps them (pangu.planner.states), and activations.
 
-Sources: ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5) for what is sharded; DeepSpeed 0.19 for the copies and buffers it really
-allocates; Korthikanti et al. (arXiv 2205.05198, sections 4 and 5) for activations. The allocator's own reserve and the device context come
-on top: leave a tenth of the device and a gigabyte free.
+What a layer keeps is counted from our own layers and checked against what torch really holds (tests/pangu/planner/test_real_memory.py).
+With the constants of `MEGATRON` it is the formula of Korthikanti et al. (arXiv 2205.05198, sections 4 and 5).
 
-Shapes: B micro-batch, S sequence, H hidden size, F MLP width, A heads, T tensor-parallel size, D data-parallel size.
+Shapes: B micro-batch, S sequence, H hidden size, F MLP width, A heads, T tensor-parallel size.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
-from megatron_ext.topology import Topology
-from pangu.config import Config, gradient_accumulation_steps
+from pangu.config import default_bucket_size
+from pangu.planner.parameters import rank_parameters
+from pangu.planner.plan import Plan, Workload
+from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_bytes
 
-FP32_BYTES = 4
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of a weight, a gradient and an activation under each `train.precision`."""
-
-ZERO3_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default bound on gathered parameters (stage3_max_live_parameters), and on what one update works on (sub_group_size)."""
+GIB = 2**30
 
 
 @dataclass(frozen=True)
-class ModelStates:
-    """Bytes of what belongs to the parameters, on one rank; the first five are on the device."""
+class Platform:
+    """What is kept where implementations differ, and what is left free."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    """fp32 copy of the weights and the two moments."""
-    buffers: int
-    """Communication buckets, and under ZeRO-3 the gathered weights."""
-    step: int
-    """Only during the optimizer step, when no activations are held: fp32 gradients and one temporary of their size."""
-    host: int
-    """What offloading keeps in host memory instead."""
+    mask_bytes: int = 1
+    """Of an element's dropout mask; 0: an element of the activations' own type, as torch keeps on CPU."""
+    fused_dropout: bool = True
+    """Fused attention can drop weights. Where it cannot, torch falls back to one that keeps S x S matrices."""
+    softmax_in_fp32: bool = True
+    """Eager attention keeps its probabilities in fp32."""
+    keeps_gathered: bool = True
+    """Under sequence parallelism the gathered input of the column-parallel layers is kept whole; or else it is gathered again."""
+    keeps_small: bool = True
+    """Count what is small beside a hidden state: statistics of LayerNorm and attention, attention masks, token ids."""
+    pipeline_copies: bool = True
+    """DeepSpeed's pipeline keeps what a stage was sent and what it sends, besides what autograd keeps, until the backward pass."""
+    reserve_fraction: float = 0.1
+    """Of what is needed: lost to the allocator's fragments, and to temporaries of single kernels."""
+    reserve_bytes: int = 3 * GIB // 2
+    """The device's context and the communication library."""
+
+
+ACCELERATOR = Platform()
+CPU = Platform(mask_bytes=0, fused_dropout=False, reserve_fraction=0.0, reserve_bytes=0)
+MEGATRON = Platform(softmax_in_fp32=False, keeps_gathered=False, keeps_small=False, pipeline_copies=False)
+"""Megatron-LM on GPUs, as its authors count."""
 
 
 @dataclass(frozen=True)
@@ -46,160 +53,171 @@ class MemoryEstimate:
 
     states: ModelStates
     activations: int
-    """Kept for the backward pass by every micro-batch in flight, and the largest layer that is being recomputed."""
+    """Kept for the backward pass by every micro-batch in flight, and what its neighbours in the pipeline are sent and send."""
+    recomputed: int
+    """What one layer holds besides while it is computed again."""
     logits: int
     """Last stage only: logits, their fp32 probabilities and the gradient of the loss."""
+    reserve: int
+    """To be left free."""
+
+    @property
+    def peak(self) -> int:
+        """Tensors on the device at most: either in the backward pass or in the optimizer step."""
+        return self.states.resident + max(self.activations + max(self.recomputed, self.logits), self.states.step)
 
     @property
     def total(self) -> int:
-        """Peak on the device: either the backward pass or the optimizer step."""
-        states = self.states
-        working = max(self.activations + self.logits, states.step)
-        return states.weights + states.gradients + states.optimizer + states.buffers + working
+        """Memory that the device must have."""
+        return self.peak + self.reserve
 
 
-def model_state_bytes(
-    num_parameters: int,
-    *,
-    zero_stage: int,
-    precision: str,
-    data_parallel_size: int,
-    bucket_elements: int = 500_000_000,
-    offload_optimizer: bool = False,
-    offload_parameters: bool = False,
-) -> ModelStates:
-    """Bytes of weights, gradients and Adam states of one rank.
-
-    Without buffers and offloading, per parameter in 16 bits: 16 without ZeRO, 4 + 12/D in stage 1, 2 + 14/D in stage 2, 16/D in stage 3.
-    In fp32 it is 16, 8 + 12/D, 4 + 16/D and 20/D: DeepSpeed's ZeRO keeps the copy of the weights that it updates in fp32 training too.
-
-    Args:
-        num_parameters: parameters this rank's layers hold before ZeRO shards them: its tensor slice of its pipeline stage.
-        zero_stage: 0 to 3.
-        precision: `fp32`, `bf16` or `fp16`.
-        data_parallel_size: D, over which ZeRO shards.
-        bucket_elements: reduce_bucket_size of the DeepSpeed JSON.
-        offload_optimizer: optimizer states, and from stage 2 on gradients, live in host memory.
-        offload_parameters: stage 3 only: weights live in host memory too.
-    """
-    element = BYTES[precision]
-    shard = math.ceil(num_parameters / data_parallel_size)
-    weights = element * (shard if zero_stage == 3 else num_parameters)
-    gradients = element * (shard if zero_stage >= 2 else num_parameters)
-    updated = shard if zero_stage else num_parameters
-    has_copy = precision != "fp32" or zero_stage > 0
-    optimizer = FP32_BYTES * updated * (3 if has_copy else 2)
-    # Without ZeRO in fp32 each parameter is updated in place, one after the other.
-    at_once = min(updated, ZERO3_LIVE_PARAMETERS) if zero_stage == 3 else updated
-    step = 2 * FP32_BYTES * at_once if has_copy else 0
-
-    buffers = element * bucket_elements if zero_stage or data_parallel_size > 1 else 0
-    if zero_stage == 3:
-        buffers += element * min(num_parameters, ZERO3_LIVE_PARAMETERS)
-    host = 0
-    if offload_optimizer:
-        # The host updates with fp32 gradients of its own, and keeps the gradients (stages 2, 3) and new weights (1, 2) that are copied.
-        host += optimizer + shard * (FP32_BYTES + element * (2 if zero_stage == 2 else 1))
-        optimizer = step = 0
-        if zero_stage >= 2:
-            gradients = 0
-    if offload_parameters:
-        host += weights
-        weights = 0
-    return ModelStates(weights, gradients, optimizer, buffers, step, host)
-
-
-def layer_activation_bytes(
-    *,
-    micro_batch: int,
-    sequence: int,
-    hidden: int,
-    ffn_hidden: int,
-    heads: int,
-    tensor_parallel_size: int,
-    sequence_parallel: bool,
-    recompute: str,
-    fused_attention: bool,
-    element: int = 2,
-) -> int:
-    """Bytes that one layer keeps for the backward pass of one micro-batch (arXiv 2205.05198, table 2), with dropout.
-
-    In 16 bits with F = 4H: S·B·H·(10 + 24/T + 5·A·S/(H·T)); sequence parallelism divides the 10 by T too; selective recomputation and
-    fused attention drop the last term; full recomputation keeps the layer's input only, 2·S·B·H.
-
-    Args:
-        fused_attention: attention keeps no S × S matrix even without recomputation.
-        element: bytes of an activation.
-    """
-    tokens = micro_batch * sequence
-    replicated_over = tensor_parallel_size if sequence_parallel else 1
-    if recompute == "full":
-        return element * tokens * hidden // replicated_over
-    # Inputs of both LayerNorms and of the matrices behind them, and a one-byte mask for each of the two dropouts.
-    replicated = tokens * hidden * (4 * element + 2)
-    # Query, key, value and the attention output; input and output of GELU.
-    split = tokens * element * (4 * hidden + 2 * ffn_hidden)
-    if recompute == "none" and not fused_attention:
-        # Probabilities, the mask of their dropout, and what the dropout leaves.
-        split += tokens * sequence * heads * (2 * element + 1)
-    return replicated // replicated_over + split // tensor_parallel_size
-
-
-def estimate_memory(
-    config: Config, layout: Topology, deepspeed: dict[str, Any], *, stage: int, num_layers: int, num_parameters: int
-) -> MemoryEstimate:
-    """Peak device memory of a rank of one pipeline stage.
-
-    Args:
-        config: the run's configuration.
-        layout: sizes of the axes.
-        deepspeed: the completed DeepSpeed configuration, for offloading and bucket sizes.
-        stage: pipeline stage, from 0.
-        num_layers: transformer layers of the stage, the query layer included.
-        num_parameters: parameters the rank holds before ZeRO shards them.
-    """
-    model, train, parallel = config.model, config.train, config.parallel
-    element = BYTES[train.precision]
-    tokens = train.micro_batch_size * train.sequence_length
-    zero = deepspeed["zero_optimization"]
+def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platform = ACCELERATOR) -> MemoryEstimate:
+    """Device memory of a rank of one pipeline stage, counted from 0."""
+    layout, model = plan.layout, workload.model
+    first, last = stage == 0, stage == layout.pipeline - 1
     states = model_state_bytes(
-        num_parameters,
-        zero_stage=zero["stage"],
-        precision=train.precision,
+        rank_parameters(model, layout.tensor, plan.stage_layers[stage], first=first, last=last),
+        zero_stage=plan.zero_stage,
+        precision=workload.precision,
         data_parallel_size=layout.data,
-        bucket_elements=zero["reduce_bucket_size"],
-        offload_optimizer=_is_offloaded(zero, "offload_optimizer"),
-        offload_parameters=_is_offloaded(zero, "offload_param"),
+        bucket_elements=default_bucket_size(model) if plan.bucket_elements is None else plan.bucket_elements,
+        offload_optimizer=plan.offload_optimizer,
+        offload_parameters=plan.offload_parameters,
     )
-
-    def layer(recompute: str) -> int:
-        return layer_activation_bytes(
-            micro_batch=train.micro_batch_size,
-            sequence=train.sequence_length,
-            hidden=model.hidden_size,
-            ffn_hidden=model.ffn_hidden_size,
-            heads=model.num_heads,
-            tensor_parallel_size=layout.tensor,
-            sequence_parallel=parallel.sequence,
-            recompute=recompute,
-            fused_attention=model.attention != "eager",
-            element=element,
-        )
-
-    kept = num_layers * layer(parallel.recompute)
-    hidden_state = tokens * model.hidden_size // (layout.tensor if parallel.sequence else 1)
-    if stage == 0:
-        kept += hidden_state  # one byte each: the mask of the embedding's dropout
-    if stage == layout.pipeline - 1:
-        kept += 2 * element * hidden_state  # input of the final LayerNorm, and the query embedding
-    # 1F1B: a stage starts as many micro-batches as there are stages from it to the end before it finishes the first.
-    in_flight = min(gradient_accumulation_steps(config, layout), layout.pipeline - stage)
-    recomputed = layer("none") - layer(parallel.recompute)
-    logits = 0
-    if stage == layout.pipeline - 1:
-        logits = tokens * math.ceil(model.vocab_size / layout.tensor) * (element + 2 * FP32_BYTES)
-    return MemoryEstimate(states, kept * in_flight + recomputed, logits)
+    layer = layer_activation_bytes(workload, plan, platform)
+    recomputed = layer_activation_bytes(workload, plan, platform, recompute="none") - layer
+    kept = plan.stage_layers[stage] * layer + end_activation_bytes(workload, plan, platform, first=first, last=last)
+    parts = micro_batch_parts_in_flight(plan, stage, plan.micro_batches(workload))
+    activations = kept * parts // plan.interleave
+    if platform.pipeline_copies and layout.pipeline > 1:
+        activations += exchanged_bytes(workload, plan, parts, first=first, last=last)
+    logits = logits_bytes(workload, plan) if last else 0
+    needed = states.resident + max(activations + max(recomputed, logits), states.step)
+    reserve = int(platform.reserve_fraction * needed) + platform.reserve_bytes
+    return MemoryEstimate(states, activations, recomputed, logits, reserve)
 
 
-def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
+def micro_batch_parts_in_flight(plan: Plan, stage: int, micro_batches: int) -> int:
+    """How many forward passes of its model parts a stage is ahead of its backward passes at most.
+
+    1F1B: as many as there are stages from it to the end. Interleaved: see arXiv 2104.04473, section 2.2; of the first stage's layers it is
+    1 + (p - 1) / (p v) times what 1F1B holds.
+    """
+    stages, parts = plan.layout.pipeline, plan.interleave
+    to_the_end = stages - stage
+    ahead = to_the_end if parts == 1 else 2 * to_the_end - 1 + (parts - 1) * stages
+    return min(ahead, micro_batches * parts)
+
+
+@lru_cache(maxsize=4096)
+def _score_bytes(workload: Workload, micro_batch: int, tensor: int, platform: Platform) -> int:
+    """What attention keeps besides queries, keys, values and its output."""
+    model, length = workload.model, workload.sequence_length
+    element = BYTES[workload.precision]
+    mask_bytes = platform.mask_bytes or element
+    heads, drops = model.num_heads // tensor, model.attention_dropout > 0
+    squares = micro_batch * length * length
+    statistics = 0
+    if model.attention == "eager":
+        # Probabilities; if they are dropped the mask and what it leaves; in 16 bits the product's own copy.
+        softmax = FP32_BYTES if platform.softmax_in_fp32 else element
+        kept = softmax + (mask_bytes + element if drops else element if softmax != element else 0)
+        statistics = squares if workload.eod_reset else length * length  # one byte an element of the mask
+    elif drops and not platform.fused_dropout:
+        kept = 2 * element + mask_bytes
+    else:
+        kept = 0
+        if model.attention == "npu_fusion":
+            # Maximum and sum of each row, eight times in fp32; and the mask, without documents a triangle of 2048.
+            statistics = 16 * FP32_BYTES * micro_batch * length * heads + (squares if workload.eod_reset else 2048 * 2048)
+        else:
+            # Each row's logarithm of the sum; and the mask as numbers to add.
+            statistics = FP32_BYTES * micro_batch * length * heads + (element * squares if workload.eod_reset else 0)
+    return kept * squares * heads + (statistics if platform.keeps_small else 0)
+
+
+def layer_activation_bytes(workload: Workload, plan: Plan, platform: Platform, recompute: str | None = None) -> int:
+    """Bytes that one layer keeps for the backward pass of one micro-batch.
+
+    In 16 bits with F = 4H, dropout and eager attention: B·S·H·(10 + 24/T + 7·A·S/(H·T)), the last term 5·A·S/(H·T) where probabilities are
+    kept in 16 bits. Selective recomputation and fused attention drop it; full recomputation keeps the layer's input only, 2·B·S·H.
+    Sequence parallelism divides 6 of the 10 by T, and the other 4 too where gathered inputs are not kept.
+
+    Args:
+        workload: what is trained.
+        plan: how it is split.
+        platform: what is kept.
+        recompute: instead of the plan's.
+    """
+    model, recompute = workload.model, recompute or plan.recompute
+    tensor, element = plan.layout.tensor, BYTES[workload.precision]
+    tokens = plan.micro_batch_size * workload.sequence_length
+    own = tokens // tensor if plan.sequence_parallel else tokens
+    if recompute == "full":
+        return element * own * model.hidden_size
+    entered = tokens if platform.keeps_gathered else own
+    masks = 2 * (platform.mask_bytes or element) if model.hidden_dropout > 0 else 0
+    # Inputs of both LayerNorms and the masks of both dropouts; inputs of the matrices behind the LayerNorms.
+    kept = model.hidden_size * ((2 * element + masks) * own + 2 * element * entered)
+    if platform.keeps_small:
+        kept += 2 * 2 * FP32_BYTES * own  # mean and deviation of each token, twice
+    # Query, key, value and the attention output; input and output of GELU, and σ(1.702x) where it is computed by itself.
+    wide = 3 if model.gelu == "sigmoid" else 2
+    kept += tokens * element * (4 * model.hidden_size + wide * model.ffn_hidden_size) // tensor
+    if recompute == "none":
+        kept += _score_bytes(workload, plan.micro_batch_size, tensor, platform)
+    elif workload.eod_reset and platform.keeps_small:
+        kept += tokens * workload.sequence_length  # the mask, for the second time
+    return kept
+
+
+def end_activation_bytes(workload: Workload, plan: Plan, platform: Platform, *, first: bool, last: bool) -> int:
+    """Bytes that one micro-batch keeps outside the layers of a stage."""
+    model, tensor, element = workload.model, plan.layout.tensor, BYTES[workload.precision]
+    tokens = plan.micro_batch_size * workload.sequence_length
+    own = tokens // tensor if plan.sequence_parallel else tokens
+    hidden_state = element * own * model.hidden_size
+    kept = 0
+    if first:
+        if model.hidden_dropout > 0:
+            kept += (platform.mask_bytes or element) * own * model.hidden_size
+        if platform.keeps_small:
+            kept += tokens * (16 + (9 if tensor > 1 else 0))  # token and position ids; ids within the slice, and whether they are in it
+    if last:
+        entered = element * tokens * model.hidden_size if platform.keeps_gathered else hidden_state
+        kept += hidden_state + entered  # inputs of the final LayerNorm and of the logits
+        kept += element * tokens * model.hidden_size  # the query embedding, looked up for every position
+        if platform.keeps_small:
+            kept += tokens * 12 + 2 * FP32_BYTES * own  # labels and loss mask; the LayerNorm's statistics
+    return kept
+
+
+def exchanged_bytes(workload: Workload, plan: Plan, in_flight: int, *, first: bool, last: bool) -> int:
+    """Bytes of what DeepSpeed's pipeline engine keeps of the hidden states that a stage exchanges with its neighbours."""
+    tokens = plan.micro_batch_size * workload.sequence_length
+    whole = BYTES[workload.precision] * tokens * workload.model.hidden_size
+    sent = whole // plan.layout.tensor  # it cuts what every tensor rank has; under sequence parallelism it is cut already
+    held = sent if plan.sequence_parallel else whole
+    is_gathered = sent < held
+    # It has two buffers even where one micro-batch is in flight.
+    buffers = min(max(2, in_flight), plan.micro_batches(workload))
+    # Copies of the ids: of tokens and positions on the first stage, of positions on the others.
+    kept = tokens * (16 * in_flight if first else 8 * buffers)
+    if not first:
+        # Received copies; what is gathered from the parts takes the copy's place, and is what the first layer keeps.
+        kept += sent + (buffers - in_flight if is_gathered else buffers) * held
+    if not last:
+        kept += sent + in_flight * sent  # a gradient, and outputs
+    return kept
+
+
+def logits_bytes(workload: Workload, plan: Plan, chunk: int | None = None) -> int:
+    """Logits, their fp32 probabilities and the gradient of the loss, for `chunk` tokens at a time; None: the whole micro-batch at once.
+
+    A pipeline keeps the logits of the micro-batch before, too.
+    """
+    tokens, element = plan.micro_batch_size * workload.sequence_length, BYTES[workload.precision]
+    width = -(-workload.model.vocab_size // plan.layout.tensor)
+    kept = tokens * width * element if plan.layout.pipeline > 1 else 0
+    return kept + min(tokens, chunk or tokens) * width * (element + 2 * FP32_BYTES)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_ext.topology import Topology
-from pangu.config import ModelConfig
+from pangu.config import Config, ModelConfig
+from pangu.model.stages import stage_layers
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -22,6 +23,8 @@ class Workload:
     """Samples an optimizer step sees."""
     precision: str
     """`fp32`, `bf16` or `fp16`."""
+    eod_reset: bool = True
+    """Documents that share a sample do not see each other: attention is given a mask."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,38 @@ class Plan:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     interleave: int = 1
-    """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule: only measured runs of others do."""
+    """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule; measured runs of others do."""
+    bucket_elements: int | None = None
+    """DeepSpeed's reduce_bucket_size; None = what pangu.config sets where a JSON does not."""
 
     def micro_batches(self, workload: Workload) -> int:
         """Micro-batches a pipeline computes for one optimizer step."""
         return workload.global_batch_size // (self.layout.data * self.micro_batch_size)
+
+
+def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tuple[Workload, Plan]:
+    """What a configuration trains, and how.
+
+    Args:
+        config: of the run.
+        layout: of its processes.
+        deepspeed: the completed DeepSpeed configuration, for offloading and bucket sizes (pangu.config.deepspeed_config).
+    """
+    train, parallel, zero = config.train, config.parallel, deepspeed["zero_optimization"]
+
+    def is_offloaded(key: str) -> bool:
+        return (zero.get(key) or {}).get("device", "none") != "none"
+
+    workload = Workload(config.model, train.sequence_length, train.global_batch_size, train.precision, config.data.eod_reset)
+    plan = Plan(
+        layout,
+        train.micro_batch_size,
+        stage_layers(config),
+        zero_stage=parallel.zero_stage,
+        sequence_parallel=parallel.sequence,
+        recompute=parallel.recompute,
+        offload_optimizer=is_offloaded("offload_optimizer"),
+        offload_parameters=is_offloaded("offload_param"),
+        bucket_elements=zero["reduce_bucket_size"],
+    )
+    return workload, plan

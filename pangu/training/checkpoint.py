@@ -25,6 +25,7 @@ from pangu.config import Config
 from pangu.errors import InputError
 from pangu.files import lock, recover, remove, sync, write_durably
 from pangu.model.pipeline import quiet
+from pangu.model.stages import balanced_layers, stage_layers
 from pangu.training.checkpoint_writer import FileWriter
 from pangu.training.engine import TrainingEngine
 from pangu.training.manifest import LATEST, MANIFEST, complete_steps, file_problem, step_name, step_number
@@ -250,6 +251,11 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
             f"{path}: cannot be resumed by this run: {', '.join(different)}. Set what it was, or start a new run in another run.dir, "
             "from the weights of a finished one with checkpoint.init_from=RUN_DIR/weights if you like."
         )
+    # What checkpoints that are older than these two keys were saved from.
+    found = {
+        "parallel.stage_layers": list(balanced_layers(engine.config.model, found["parallel.pipeline"])),
+        "parallel.order": "tp-dp-pp",
+    } | found
     moved = _differences(found, _layout_identity(engine))
     if moved:
         if engine.groups.world.rank == 0:
@@ -299,6 +305,8 @@ def _layout_identity(engine: TrainingEngine) -> dict[str, Any]:
         "parallel.tensor": topology.tensor,
         "parallel.pipeline": topology.pipeline,
         "data-parallel size": topology.data,
+        "parallel.stage_layers": list(stage_layers(engine.config)),
+        "parallel.order": topology.order,
         "parallel.zero_stage": engine.config.parallel.zero_stage,
         "optimizer implementation": engine.optimizer_name,
         "optimizer states": engine.buffer_form,

@@ -25,6 +25,7 @@ from pangu.data.batches import Batch
 from pangu.model.block import RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import build_pipeline, quiet
+from pangu.model.stages import stage_layers
 from pangu.training.guard import StepGuard
 from pangu.training.optimizer import build_optimizer
 
@@ -76,7 +77,7 @@ class TrainingEngine:
         mpu = None if self.has_pipeline or groups.topology.tensor == 1 else _ModelParallelUnit(groups)
         module: Any
         if self.has_pipeline:
-            module = build_pipeline(config.model, context, options, groups.topology)
+            module = build_pipeline(config.model, context, options, groups.topology, stage_layers(config))
         else:
             # ZeRO-3 shards each module as it is made, so that no rank ever holds the whole model. It must be given the group:
             # with the `mpu` alone it shards over all ranks, and one tensor rank's slices overwrite another's.

@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
     "tensor 2, sequence parallel, full recompute": (2, {"tensor": 2, "sequence": True, "recompute": "full"}),
+    "pipeline 2 x data 2, stages nearer, uneven": (4, {"pipeline": 2, "order": "tp-pp-dp", "stage_layers": [3, 1]}),
     "data 2, ZeRO-3": (2, {"zero_stage": 3}),
     "data 2, no ZeRO": (2, {"zero_stage": 0}),
 }

@@ -27,6 +27,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
     "tensor 2 x pipeline 2, sequence parallel": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "tensor 2 x pipeline 2 x data 2": (8, {"tensor": 2, "pipeline": 2}),
+    "tensor 2 x pipeline 2 x data 2, stages nearer": (8, {"tensor": 2, "pipeline": 2, "order": "tp-pp-dp"}),
+    "pipeline 3, uneven": (3, {"pipeline": 3, "stage_layers": [1, 1, 2]}),
     "selective recompute": (1, {"recompute": "selective"}),
     "full recompute": (1, {"recompute": "full"}),
     "full recompute, tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),

@@ -14,6 +14,7 @@ from harness import RankError, run_distributed
 from layouts import small_config, start
 
 from pangu.conversion.deepspeed_optimizer import STATES, read_optimizer
+from pangu.errors import InputError
 from pangu.training.checkpoint import load_checkpoint
 
 PAIRS = list(itertools.permutations(LAYOUTS, 2))
@@ -51,6 +52,38 @@ def assert_equal_states(one: Path, other: Path) -> None:
         assert ours.tensors[state].keys() == theirs.tensors[state].keys()
         for name, tensor in ours.tensors[state].items():
             assert torch.equal(tensor.read(), theirs.tensors[state][name].read()), (state, name)
+
+
+SAME_SIZES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "another cut": (2, {"pipeline": 2}, {"pipeline": 2, "stage_layers": [1, 3]}),
+    "another order": (4, {"pipeline": 2}, {"pipeline": 2, "order": "tp-pp-dp"}),
+    "both": (4, {"pipeline": 2, "order": "tp-pp-dp", "stage_layers": [3, 1]}, {"pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("change", SAME_SIZES)
+def test_a_run_goes_on_with_other_stages_on_as_many_ranks(change: str, unbroken: Steps, tmp_path: Path) -> None:
+    ranks, before, after = SAME_SIZES[change]
+    run_distributed(train, ranks, str(tmp_path / "run"), before, SAVED_AT)
+    resumed = run_distributed(train, ranks, str(tmp_path / "run"), after, STEPS, str(tmp_path / "echo"))
+    for steps in resumed:
+        assert largest_difference(steps, unbroken[SAVED_AT:]) < 5e-6
+    assert_equal_states(tmp_path / "run", tmp_path / "echo")
+
+
+def test_a_cut_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    run_distributed(train, 2, str(tmp_path), {"pipeline": 2}, SAVED_AT)
+    manifest = tmp_path / f"step_{SAVED_AT:08d}" / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    assert whole["identity"]["parallel.stage_layers"] == [2, 2]
+    for layers in ([2, 3], [4], [4, 0], "22", [1, [3]]):
+        whole["identity"]["parallel.stage_layers"] = layers
+        manifest.write_text(json.dumps(whole))
+        with pytest.raises(InputError, match=r"parallel\.stage_layers = .*2 stages with 4 layers"):
+            read_optimizer(tmp_path)
+    del whole["identity"]["parallel.stage_layers"]
+    manifest.write_text(json.dumps(whole))
+    assert len(read_optimizer(tmp_path).tensors["fp32"]) == 4 * 16 + 5  # older than the key: the balanced cut
 
 
 # --- 16 bits -----------------------------------------------------------------------------------------------------------------------------

@@ -8,17 +8,21 @@ from harness import run_distributed
 
 from megatron_ext import accelerator
 from megatron_ext.collectives import all_gather_objects, all_reduce
-from megatron_ext.topology import SINGLE, Group, Groups, LayoutError, Topology, ranks_in_words
+from megatron_ext.topology import SINGLE, Group, Groups, LayoutError, Order, Topology, ranks_in_words
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 4), (2, 3, 1), (2, 1, 4), (1, 3, 2), (2, 3, 4), (8, 4, 2), (3, 5, 7)]
 
 
+@pytest.mark.parametrize("order", ["tp-dp-pp", "tp-pp-dp"])
 @pytest.mark.parametrize(("tensor", "pipeline", "data"), LAYOUTS)
-def test_ranks_and_groups_are_deepspeeds(tensor: int, pipeline: int, data: int) -> None:
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+def test_ranks_and_groups_are_deepspeeds(tensor: int, pipeline: int, data: int, order: Order) -> None:
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology, ProcessTopology
 
-    ours = Topology(tensor=tensor, pipeline=pipeline, data=data)
-    theirs = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    ours = Topology(tensor=tensor, pipeline=pipeline, data=data, order=order)
+    if order == "tp-dp-pp":
+        theirs = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    else:
+        theirs = ProcessTopology(axes=["data", "pipe", "model"], dims=[data, pipeline, tensor])
     assert ours.world_size == theirs.world_size() == tensor * pipeline * data
     for rank in range(ours.world_size):
         place = ours.coordinates(rank)
@@ -40,6 +44,14 @@ def test_tensor_neighbours_are_consecutive_ranks() -> None:
     assert (groups.tensor, groups.data, groups.pipeline) == (Group((6, 7), 0), Group((4, 6), 1), Group((2, 6), 1))
     assert groups.world == Group(tuple(range(8)), 6)
     assert groups.coordinates == (1, 1, 0)
+
+
+def test_stages_of_a_pipeline_are_neighbours_in_the_papers_order() -> None:
+    topology = Topology(tensor=2, pipeline=2, data=2, order="tp-pp-dp")
+    assert topology.tensor_groups() == [(0, 1), (4, 5), (2, 3), (6, 7)]
+    assert topology.data_groups() == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert topology.pipeline_groups() == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert topology.coordinates(6) == (1, 1, 0)
 
 
 def test_data_axis_takes_what_remains() -> None:

@@ -166,6 +166,8 @@ def test_layout_is_the_world_divided(write) -> None:
     layout = validate_layout(config, 8)
     assert layout == Topology(tensor=2, pipeline=2, data=2)
     assert gradient_accumulation_steps(config, layout) == 4
+    stages_nearer = write(BASE, "parallel.pipeline=2", "parallel.order=tp-pp-dp", "parallel.stage_layers=[1,31]")
+    assert validate_layout(stages_nearer, 8) == Topology(tensor=1, pipeline=2, data=4, order="tp-pp-dp")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,8 @@ def test_layout_is_the_world_divided(write) -> None:
         (8, ["parallel.tensor=8", "model.ffn_hidden_size=1004"], "does not divide model.ffn_hidden_size = 1004. Choose 1, 2 or 4."),
         (4, ["parallel.pipeline=4", "model.num_layers=3"], "parallel.pipeline = 4 is more stages than model.num_layers = 3. Choose 3 or"),
         (64, ["parallel.pipeline=64"], "more stages than model.num_layers = 32 (preset 2.6B)"),
+        (2, ["parallel.pipeline=2", "parallel.stage_layers=[32]"], "[32] has 1 stages, but parallel.pipeline = 2. Make the two agree."),
+        (2, ["parallel.pipeline=2", "parallel.stage_layers=[16,15]"], "has 31 layers, but model.num_layers = 32 (preset 2.6B)."),
         (6, ["parallel.tensor=4"], "6 is not a multiple of 4 x 1 = 4"),
         (2, ["parallel.pipeline=2", "parallel.zero_stage=2"], "Set parallel.zero_stage=1, or parallel.pipeline=1."),
         (2, ["parallel.pipeline=2", "parallel.zero_stage=3"], "parallel.zero_stage = 3 does not work with parallel.pipeline = 2"),

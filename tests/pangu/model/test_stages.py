@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pangu.config import ModelConfig
-from pangu.model.pipeline import balance, layer_costs, stage_bounds
-from pangu.presets import num_parameters
+from pangu.model.stages import balance, balanced_layers, layer_costs, stage_bounds
+from pangu.presets import MODEL_PRESETS, Preset, num_parameters
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -28,18 +28,31 @@ def test_the_heaviest_part_is_as_light_as_any_cut_allows(seed: int) -> None:
 
 
 def test_the_200b_plan_has_four_layers_a_stage() -> None:
-    bounds = stage_bounds(ModelConfig(preset="200B"), 16)  # type: ignore[call-arg]
+    config = ModelConfig(preset="200B")  # type: ignore[call-arg]
+    assert balanced_layers(config, 16) == (4,) * 16
     # Before the blocks come the word and position embeddings, after the query layer the final norm and the logits.
-    assert bounds == [0, *(2 + 4 * stage for stage in range(1, 16)), 68]
+    assert stage_bounds(config, (4,) * 16) == [0, *(2 + 4 * stage for stage in range(1, 16)), 68]
+
+
+def test_one_stage_has_all() -> None:
+    config = ModelConfig(num_layers=3, hidden_size=64, num_heads=4)
+    assert balanced_layers(config, 1) == (3,)
+    assert stage_bounds(config, (3,)) == [0, 7]
+
+
+@pytest.mark.parametrize("preset", MODEL_PRESETS)
+def test_no_stage_is_without_a_layer(preset: Preset) -> None:
+    config = ModelConfig(preset=preset)  # type: ignore[call-arg]
+    for stages in range(1, config.num_layers + 1):
+        layers = balanced_layers(config, stages)
+        assert len(layers) == stages and sum(layers) == config.num_layers and min(layers) >= 1
 
 
 def test_a_large_vocabulary_counts_like_layers() -> None:
     config = ModelConfig(num_layers=8, hidden_size=64, num_heads=4, vocab_size=12 * 64 * 3)  # the table weighs three blocks
-    bounds = stage_bounds(config, 4)
-    stages = [end - begin for begin, end in pairwise(bounds)]
-    assert stages[0] < stages[1] and stages[-1] < stages[-2] + 2
-    costs = layer_costs(config)
-    assert max(sum(costs[begin:end]) for begin, end in pairwise(bounds)) < 1.35 * sum(costs) / 4
+    layers = balanced_layers(config, 4)
+    assert sum(layers) == 8
+    assert layers[0] < layers[1] and layers[-1] < layers[-2]
 
 
 def test_costs_are_the_layers_parameters() -> None:

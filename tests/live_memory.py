@@ -43,14 +43,17 @@ def state_tensors(module: torch.nn.Module) -> list[Tensor]:
     return [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
 
 
-def float_storages() -> dict[int, int]:
-    """Bytes by address of every floating-point tensor that Python can reach, single numbers left out."""
+def state_storages() -> dict[int, int]:
+    """Bytes by address of every floating-point tensor that Python can reach and that may belong to parameters: of one or two dimensions.
+
+    What a pipeline still holds of a micro-batch, hidden states and logits, has three.
+    """
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, torch.nn.Parameter):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and not tensor.is_meta and tensor.is_floating_point() and tensor.numel() > 1:
+                if tensor is not None and not tensor.is_meta and tensor.is_floating_point() and tensor.numel() > 1 and tensor.dim() < 3:
                     found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     found.pop(0, None)
     return found

@@ -33,6 +33,8 @@ class Platform:
     """Under sequence parallelism the gathered input of the column-parallel layers is kept whole; or else it is gathered again."""
     keeps_small: bool = True
     """Count what is small beside a hidden state: statistics of LayerNorm and attention, attention masks, token ids."""
+    pipeline_copies: bool = True
+    """DeepSpeed's pipeline keeps what a stage was sent and what it sends, besides what autograd keeps, until the backward pass."""
     reserve_fraction: float = 0.1
     """Of what is needed: lost to the allocator's fragments, and to temporaries of single kernels."""
     reserve_bytes: int = 3 * GIB // 2
@@ -41,7 +43,7 @@ class Platform:
 
 ACCELERATOR = Platform()
 CPU = Platform(mask_bytes=0, fused_dropout=False, reserve_fraction=0.0, reserve_bytes=0)
-MEGATRON = Platform(softmax_in_fp32=False, keeps_gathered=False, keeps_small=False)
+MEGATRON = Platform(softmax_in_fp32=False, keeps_gathered=False, keeps_small=False, pipeline_copies=False)
 """Megatron-LM on GPUs, as its authors count."""
 
 
@@ -88,6 +90,8 @@ def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platfo
     kept = plan.stage_layers[stage] * layer + end_activation_bytes(workload, plan, platform, first=first, last=last)
     parts = micro_batch_parts_in_flight(plan, stage, plan.micro_batches(workload))
     activations = kept * parts // plan.interleave
+    if platform.pipeline_copies and layout.pipeline > 1:
+        activations += exchanged_bytes(workload, plan, parts, first=first, last=last)
     logits = logits_bytes(workload, plan) if last else 0
     needed = states.resident + max(activations + max(recomputed, logits), states.step)
     reserve = int(platform.reserve_fraction * needed) + platform.reserve_bytes
@@ -97,7 +101,7 @@ def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platfo
 def micro_batch_parts_in_flight(plan: Plan, stage: int, micro_batches: int) -> int:
     """How many forward passes of its model parts a stage is ahead of its backward passes at most.
 
-    1F1B: as many as there are stages from it to the end. Interleaved: see arXiv 2104.04473, section 2.2; of the first stage's layers that is
+    1F1B: as many as there are stages from it to the end. Interleaved: see arXiv 2104.04473, section 2.2; of the first stage's layers it is
     1 + (p - 1) / (p v) times what 1F1B holds.
     """
     stages, parts = plan.layout.pipeline, plan.interleave
@@ -189,8 +193,31 @@ def end_activation_bytes(workload: Workload, plan: Plan, platform: Platform, *, 
     return kept
 
 
-def logits_bytes(workload: Workload, plan: Plan, chunk: int | None = None) -> int:
-    """Logits, their fp32 probabilities and the gradient of the loss, for `chunk` tokens at a time; None: the whole micro-batch at once."""
+def exchanged_bytes(workload: Workload, plan: Plan, in_flight: int, *, first: bool, last: bool) -> int:
+    """Bytes of what DeepSpeed's pipeline engine keeps of the hidden states that a stage exchanges with its neighbours."""
     tokens = plan.micro_batch_size * workload.sequence_length
-    rows = min(tokens, chunk or tokens)
-    return rows * -(-workload.model.vocab_size // plan.layout.tensor) * (BYTES[workload.precision] + 2 * FP32_BYTES)
+    whole = BYTES[workload.precision] * tokens * workload.model.hidden_size
+    sent = whole // plan.layout.tensor  # it cuts what every tensor rank has; under sequence parallelism it is cut already
+    held = sent if plan.sequence_parallel else whole
+    is_gathered = sent < held
+    # It has two buffers even where one micro-batch is in flight.
+    buffers = min(max(2, in_flight), plan.micro_batches(workload))
+    # Copies of the ids: of tokens and positions on the first stage, of positions on the others.
+    kept = tokens * (16 * in_flight if first else 8 * buffers)
+    if not first:
+        # Received copies; what is gathered from the parts takes the copy's place, and is what the first layer keeps.
+        kept += sent + (buffers - in_flight if is_gathered else buffers) * held
+    if not last:
+        kept += sent + in_flight * sent  # a gradient, and outputs
+    return kept
+
+
+def logits_bytes(workload: Workload, plan: Plan, chunk: int | None = None) -> int:
+    """Logits, their fp32 probabilities and the gradient of the loss, for `chunk` tokens at a time; None: the whole micro-batch at once.
+
+    A pipeline keeps the logits of the micro-batch before, too.
+    """
+    tokens, element = plan.micro_batch_size * workload.sequence_length, BYTES[workload.precision]
+    width = -(-workload.model.vocab_size // plan.layout.tensor)
+    kept = tokens * width * element if plan.layout.pipeline > 1 else 0
+    return kept + min(tokens, chunk or tokens) * width * (element + 2 * FP32_BYTES)

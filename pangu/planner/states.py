@@ -1,6 +1,6 @@
 """Device memory of what belongs to the parameters, as DeepSpeed 0.19 keeps it: weights, gradients, Adam's states, buffers.
 
-Source of what is sharded: ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5). The copies, paddings and buffers were counted from the live
+Source of what is sharded: ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5). Copies, paddings and buffers are those of the live
 tensors of real engines (tests/pangu/planner/test_real_memory.py).
 """
 
@@ -58,7 +58,7 @@ def model_state_bytes(
     """Bytes of weights, gradients and Adam states of one rank.
 
     Without buffers, padding and offloading, per parameter in 16 bits: 16 without ZeRO, 4 + 12/D in stage 1, 2 + 14/D in stage 2, 16/D in
-    stage 3. In fp32 it is 16, 8 + 12/D, 4 + 16/D and 20/D: DeepSpeed's ZeRO keeps the copy of the weights that it updates in fp32 training too.
+    stage 3. In fp32 it is 16, 8 + 12/D, 4 + 16/D and 20/D: DeepSpeed's ZeRO keeps the copy of the weights that it updates in fp32 too.
 
     Args:
         parameters: what this rank's layers hold before ZeRO shards them: its tensor slice of its pipeline stage.
@@ -89,7 +89,7 @@ def model_state_bytes(
 
     buffers = element * bucket_elements if zero_stage or size > 1 else 0
     if zero_stage == 3:
-        buffers += element * min(total, ZERO3_LIVE_PARAMETERS)
+        buffers += element * min(shard * size, ZERO3_LIVE_PARAMETERS)  # gathered with their padding
     host = 0
     if offload_optimizer:
         # The host updates with fp32 gradients of its own, and keeps the gradients (stages 2, 3) and new weights (1, 2) that are copied.

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 
-from megatron_ext.context import ParallelContext
-from megatron_ext.topology import Groups, Topology
+from megatron_ext.topology import Topology
 from pangu.config import Config, deepspeed_config, gradient_accumulation_steps
-from pangu.model.block import Block, RunOptions
-from pangu.model.model import PanguModel
-from pangu.model.pipeline import pipeline_layers
-from pangu.model.stages import stage_bounds, stage_layers
-from pangu.planner.memory import MemoryEstimate, estimate_memory
+from pangu.planner.memory import ACCELERATOR, MemoryEstimate, Platform, estimate_memory
+from pangu.planner.parameters import stage_parameters
+from pangu.planner.plan import plan_of
 from pangu.presets import num_parameters
 
 GIB = 2**30
@@ -31,30 +27,20 @@ class StageReport:
     memory: MemoryEstimate
 
 
-def stage_reports(config: Config, topology: Topology) -> list[StageReport]:
-    """Count each stage of the real model, built on the meta device: shapes only, no memory, no processes."""
-    settings = deepspeed_config(config, topology)
-    reports = []
-    for stage in range(topology.pipeline):
-        group = Groups.describe(topology, topology.rank(stage, 0, 0)).tensor
-        context = ParallelContext(tensor=group, sequence_parallel=config.parallel.sequence, device=torch.device("meta"))
-        if topology.pipeline == 1:
-            modules: list[torch.nn.Module] = [PanguModel(config.model, context)]
-        else:
-            bounds = stage_bounds(config.model, stage_layers(config))
-            specs = pipeline_layers(config.model, context, RunOptions())[bounds[stage] : bounds[stage + 1]]
-            modules = [spec.build() for spec in specs]
-        layers = sum(isinstance(module, Block) for root in modules for module in root.modules())
-        parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
-        memory = estimate_memory(config, topology, settings, stage=stage, num_layers=layers, num_parameters=parameters)
-        reports.append(StageReport(layers, parameters, memory))
-    return reports
+def stage_reports(config: Config, topology: Topology, platform: Platform = ACCELERATOR) -> list[StageReport]:
+    """Each stage by the planner's arithmetic: no module is built, no processes are needed."""
+    workload, plan = plan_of(config, topology, deepspeed_config(config, topology))
+    parameters = stage_parameters(config.model, topology.tensor, plan.stage_layers)
+    return [
+        StageReport(layers, parameters[stage].total, estimate_memory(workload, plan, stage, platform))
+        for stage, layers in enumerate(plan.stage_layers)
+    ]
 
 
-def print_report(config: Config, topology: Topology, console: Console) -> None:
+def print_report(config: Config, topology: Topology, console: Console, platform: Platform = ACCELERATOR) -> None:
     """The configuration, the layout, and parameters and memory a rank."""
     console.print(config.to_yaml().rstrip(), markup=False)
-    reports = stage_reports(config, topology)
+    reports = stage_reports(config, topology, platform)
     total = num_parameters(config.model)
     console.print(
         f"\nlayout: {topology.world_size} processes = tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, "
@@ -67,7 +53,17 @@ def print_report(config: Config, topology: Topology, console: Console) -> None:
     console.print("  ".join(name.rjust(max(len(name), width)) for name, width in _COLUMNS))
     for stage, report in enumerate(reports):
         memory, states = report.memory, report.memory.states
-        kinds = (states.weights, states.gradients, states.optimizer, states.buffers, memory.activations, memory.logits, memory.total)
+        activations = memory.activations + memory.recomputed
+        kinds = (
+            states.weights,
+            states.gradients,
+            states.optimizer,
+            states.buffers,
+            activations,
+            memory.logits,
+            memory.peak,
+            memory.reserve,
+        )
         cells = [str(stage), str(report.layers), f"{report.parameters:,}", *(f"{value / GIB:.2f}" for value in (*kinds, states.host))]
         console.print("  ".join(cell.rjust(max(len(name), width)) for cell, (name, width) in zip(cells, _COLUMNS, strict=True)))
 
@@ -83,6 +79,7 @@ _COLUMNS = (
     ("activations", 7),
     ("logits", 7),
     ("peak", 7),
+    ("reserve", 7),
     ("on host", 7),
 )
 

@@ -19,6 +19,7 @@ from pangu.conversion.formats import open_weights
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
 from pangu.errors import InputError, explain
+from pangu.planner.memory import ACCELERATOR, CPU
 from pangu.tokenizer import PanguTokenizer
 from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, load_checkpoint
 from pangu.training.engine import TrainingEngine
@@ -41,7 +42,7 @@ def run_training(config: Config) -> None:
     topology = validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
-        print_report(config, topology, Console(soft_wrap=True, highlight=False))
+        print_report(config, topology, Console(soft_wrap=True, highlight=False), CPU if accelerator.name() == "cpu" else ACCELERATOR)
     if not accelerator.supports(config.train.precision):
         raise InputError(
             f"train.precision = {config.train.precision}: {accelerator.device_name()} does not train in it. "

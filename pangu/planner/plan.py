@@ -58,8 +58,8 @@ def workload_of(config: Config) -> Workload:
     return Workload(config.model, train.sequence_length, train.global_batch_size, train.precision, config.data.eod_reset)
 
 
-def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> Plan:
-    """How a configuration lays its work over devices.
+def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tuple[Workload, Plan]:
+    """What a configuration trains, and how.
 
     Args:
         config: of the run.
@@ -71,7 +71,7 @@ def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> Plan
     def is_offloaded(key: str) -> bool:
         return (zero.get(key) or {}).get("device", "none") != "none"
 
-    return Plan(
+    plan = Plan(
         layout,
         config.train.micro_batch_size,
         stage_layers(config),
@@ -82,3 +82,4 @@ def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> Plan
         offload_parameters=is_offloaded("offload_param"),
         bucket_elements=zero["reduce_bucket_size"],
     )
+    return workload_of(config), plan

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from pangu.errors import InputError
 from pangu.planner.hardware import Cluster
-from pangu.planner.memory import BYTES, FP32_BYTES, layer_activation_bytes, model_state_bytes
+from pangu.planner.memory import GIB, MEGATRON, estimate_memory
+from pangu.planner.parameters import stage_parameters
 from pangu.planner.plan import Plan, Workload
 from pangu.planner.profile import Profile
 from pangu.planner.reference import Run
+from pangu.planner.states import FP32_BYTES
 from pangu.planner.time import TimeModel
 
 PRIORS = {
@@ -74,7 +76,7 @@ class Score:
 
 
 def is_feasible(workload: Workload, plan: Plan, cluster: Cluster, *, fp32_gradients: bool = False) -> bool:
-    """Whether every stage of a plan fits in device memory, a tenth and a gigabyte left free.
+    """Whether every stage of a plan fits in device memory, in Megatron-LM's way of keeping activations.
 
     Args:
         workload: what is trained.
@@ -82,47 +84,12 @@ def is_feasible(workload: Workload, plan: Plan, cluster: Cluster, *, fp32_gradie
         cluster: what on.
         fp32_gradients: the software adds up micro-batches in fp32, beside the 16-bit gradients.
     """
-    model, layout, element = workload.model, plan.layout, BYTES[workload.precision]
-    tokens = plan.micro_batch_size * workload.sequence_length
-    table = model.vocab_size * model.hidden_size
-    layer_parameters = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_hidden_size
-
-    def layer(recompute: str) -> int:
-        return layer_activation_bytes(
-            micro_batch=plan.micro_batch_size,
-            sequence=workload.sequence_length,
-            hidden=model.hidden_size,
-            ffn_hidden=model.ffn_hidden_size,
-            heads=model.num_heads,
-            tensor_parallel_size=layout.tensor,
-            sequence_parallel=plan.sequence_parallel,
-            recompute=recompute,
-            fused_attention=model.attention != "eager",
-            element=element,
-        )
-
-    for stage, layers in enumerate(plan.stage_layers):
-        ends = (stage == 0) + (stage == layout.pipeline - 1 and layout.pipeline > 1)
-        parameters = (layers * layer_parameters + ends * table) // layout.tensor
-        states = model_state_bytes(
-            parameters,
-            zero_stage=plan.zero_stage,
-            precision=workload.precision,
-            data_parallel_size=layout.data,
-            offload_optimizer=plan.offload_optimizer,
-            offload_parameters=plan.offload_parameters,
-        )
-        in_flight = min(plan.micro_batches(workload), layout.pipeline - stage)
-        if plan.interleave > 1:
-            in_flight = math.ceil(in_flight + (layout.pipeline - 1) / plan.interleave)
-        working = layers * layer(plan.recompute) * in_flight + layer("none") - layer(plan.recompute)
-        if stage == layout.pipeline - 1:
-            working += tokens * math.ceil(model.vocab_size / layout.tensor) * (element + 2 * FP32_BYTES)
-        total = states.weights + states.gradients + states.optimizer + states.buffers + max(working, states.step)
-        total += FP32_BYTES * parameters if fp32_gradients else 0
-        if total > cluster.device.memory_gib.value * 2**30 * 0.9 - 2**30:
-            return False
-    return True
+    parameters = stage_parameters(workload.model, plan.layout.tensor, plan.stage_layers)
+    return all(
+        estimate_memory(workload, plan, stage, MEGATRON).total + fp32_gradients * FP32_BYTES * held.total
+        <= cluster.device.memory_gib.value * GIB
+        for stage, held in enumerate(parameters)
+    )
 
 
 def fits_in_memory(run: Run) -> bool:

@@ -66,7 +66,10 @@ def test_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model", "2.7B", "--cluster", f"{CLUSTERS}/h100.yaml"), "--model 2.7B: neither 350M, 2.6B, 13B, 200B nor the file of a recipe."),
+        (
+            ("--model", "2.7B", "--cluster", f"{CLUSTERS}/h100.yaml"),
+            "--model 2.7B: neither 350M, 2.6B, 13B, 200B nor the file of a recipe.",
+        ),
         (("--model", "13B", "--cluster", "none.yaml"), "none.yaml: cannot be read"),
         (("--model", "13B", "--cluster", f"{CLUSTERS}/a100_80.yaml", "--devices", "17"), "17 devices do not fill whole servers of 8"),
         (("--model", "200B", "--cluster", f"{CLUSTERS}/h100.yaml", "--devices", "1"), "The smallest cluster of them with a plan has "),

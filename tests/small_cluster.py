@@ -32,6 +32,7 @@ def cluster(latency_us: float = 1e-9, peak_tflops: float = 100.0, **bandwidths: 
             memory_gib=figure(80),
             memory_bandwidth=figure(bandwidths.get("memory", 1000)),
             host_bandwidth=figure(10),
+            host_memory_gib=figure(64),
             peak_tflops={"bf16": figure(peak_tflops), "fp32": figure(peak_tflops / 2)},
         ),
         levels=[

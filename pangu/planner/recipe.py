@@ -31,7 +31,7 @@ def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, pla
     values = read_yaml(base)
     for override in overrides:
         apply_override(values, override)
-    parallel = {
+    parallel: dict[str, Any] = {
         "tensor": plan.layout.tensor,
         "pipeline": plan.layout.pipeline,
         "order": plan.layout.order,

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from pangu.errors import InputError
 from pangu.planner.hardware import Cluster
-from pangu.planner.states import BYTES
 from pangu.planner.network import Network
 from pangu.planner.plan import Plan, Recompute, Workload
 from pangu.planner.profile import Profile
+from pangu.planner.states import BYTES
 
 FP32_BYTES = 4
 OPERATORS = 20

@@ -24,6 +24,7 @@ def values(*levels: dict[str, Any]) -> dict[str, Any]:
         "memory_gib": figure(1),
         "memory_bandwidth": figure(1),
         "host_bandwidth": figure(1),
+        "host_memory_gib": figure(64),
         "peak_tflops": {"bf16": figure(1)},
     }
     return {"name": "c", "device": device, "levels": list(levels) or [level("server", 8), level("cluster", 64)]}

@@ -43,7 +43,7 @@ def test_one_device_only_computes() -> None:
 PLANS = [
     Plan(Topology(4, 1, 4), 2, (8,)),
     Plan(Topology(2, 4, 2), 1, (2, 2, 2, 2), recompute="full"),
-    Plan(Topology(2, 4, 2), 1, (1, 3, 3, 1), recompute="selective", sequence_parallel=True, order="tp-pp-dp"),
+    Plan(Topology(2, 4, 2, "tp-pp-dp"), 1, (1, 3, 3, 1), recompute="selective", sequence_parallel=True),
     Plan(Topology(1, 1, 16), 1, (8,), zero_stage=3),
     Plan(Topology(1, 1, 16), 1, (8,), zero_stage=2, offload_optimizer=True),
     Plan(Topology(8, 2, 1), 4, (4, 4), zero_stage=0, interleave=2),
@@ -77,7 +77,7 @@ def test_the_stage_with_the_logits_makes_the_others_wait() -> None:
 
 def test_where_an_axis_lies_decides_what_it_costs() -> None:
     """Sixteen devices: with two tensor ranks and four stages, replicas are near or a server away."""
-    near, far = (step(Plan(Topology(2, 4, 2), 1, (2, 2, 2, 2), order=order)) for order in ("tp-dp-pp", "tp-pp-dp"))
+    near, far = (step(Plan(Topology(2, 4, 2, order), 1, (2, 2, 2, 2))) for order in ("tp-dp-pp", "tp-pp-dp"))
     assert near.data < far.data
     assert near.point_to_point > far.point_to_point
 

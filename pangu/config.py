@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -19,7 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_ext.topology import Order, Topology
-from pangu.config_file import apply_override, read_json, read_yaml
+from pangu.config_file import apply_override, first_problem, read_json, read_yaml
 from pangu.errors import InputError
 from pangu.presets import MODEL_PRESETS, Preset, num_parameters
 
@@ -293,6 +294,20 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     values = read_yaml(path)
     overridden = [apply_override(values, override) for override in overrides or []]
+    return parse_config(values, path, overridden)
+
+
+def parse_config(values: dict[str, Any], path: Path, overridden: Sequence[str] = ()) -> Config:
+    """The configuration that sections of plain values make.
+
+    Args:
+        values: what a YAML file at `path` holds, or would hold.
+        path: named in errors, and `deepspeed` is relative to its folder.
+        overridden: keys that were given on the command line.
+
+    Raises:
+        InputError: as `load_config`.
+    """
     values = {key: {} if value is None and key != "deepspeed" else value for key, value in values.items()}  # a section may be empty
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = (path.parent / values["deepspeed"]).resolve()
@@ -481,22 +496,13 @@ def _nearest_keys(unknown: str) -> list[str]:
     return near or [f"{section}.{key}" for key in sections[section]]
 
 
-def _refuse(error: ValidationError, path: Path, overridden: list[str]) -> NoReturn:
-    """Turn pydantic's report into one line about the first mistake; a misspelt key comes before the missing one that it leaves."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    key = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "extra_forbidden":
-        text = f"unknown key {key}. Nearest: {', '.join(_nearest_keys(key))}."
-    elif problem["type"] == "missing":
-        text = f"{key} is missing." + (f" Or give model.preset: {', '.join(MODEL_PRESETS)}." if key.startswith("model") else "")
-    elif problem["type"] == "value_error":
-        text = str(problem["ctx"]["error"])
-    elif problem["type"] == "model_type":
-        text = f"{key} = {problem['input']!r}, but a section of keys is expected."
-    else:
-        text = f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
-    unknown_section = problem["type"] == "extra_forbidden" and any(name.startswith(f"{key}.") for name in overridden)
+def _refuse(error: ValidationError, path: Path, overridden: Sequence[str]) -> NoReturn:
+    """Turn pydantic's report into one line about the first mistake, with the keys that may have been meant."""
+    kind, key, text, more = first_problem(error)
+    if kind == "extra_forbidden":
+        text += f" Nearest: {', '.join(_nearest_keys(key))}."
+    elif kind == "missing" and key.startswith("model"):
+        text += f" Or give model.preset: {', '.join(MODEL_PRESETS)}."
+    unknown_section = kind == "extra_forbidden" and any(name.startswith(f"{key}.") for name in overridden)
     from_override = unknown_section or any(key == name or key.startswith(f"{name}.") for name in overridden)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     raise InputError(f"{'override' if from_override else path}: {text}{more}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from pydantic import ValidationError
 
 from pangu.errors import InputError
 
@@ -70,6 +71,36 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: an object in braces is expected, found {values!r}.")
     return values
+
+
+class Problem(NamedTuple):
+    """A mistake that pydantic found."""
+
+    kind: str
+    """Pydantic's name of it: `missing`, `extra_forbidden`, ..."""
+    key: str
+    text: str
+    """One sentence."""
+    more: str
+    """How many further mistakes there are; empty if none."""
+
+
+def first_problem(error: ValidationError) -> Problem:
+    """The first mistake of pydantic's report; a misspelt key comes before the missing one that it leaves."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        text = f"unknown key {key}."
+    elif problem["type"] == "missing":
+        text = f"{key} is missing."
+    elif problem["type"] == "value_error":
+        text = str(problem["ctx"]["error"])
+    elif problem["type"] == "model_type":
+        text = f"{key} = {problem['input']!r}, but a section of keys is expected."
+    else:
+        text = f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    return Problem(problem["type"], key, text, f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
 def apply_override(values: dict[str, Any], override: str) -> str:

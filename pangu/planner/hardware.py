@@ -5,11 +5,14 @@ Sizes are powers of ten for rates (GB/s, TFLOP/s) and powers of two for memory (
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from pangu.config import Count, Section
+from pangu.config_file import first_problem, read_yaml
+from pangu.errors import InputError
 
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -28,18 +31,24 @@ class Device(Section):
     """One accelerator, or one process's share of a host."""
 
     name: str
+    kind: Literal["accelerator", "cpu"] = "accelerator"
+    """What of a step stays in memory differs between the two."""
     memory_gib: Figure
     memory_bandwidth: Figure
     """GB/s."""
-    peak_tflops: dict[Literal["fp32", "bf16", "fp16"], Figure]
+    host_bandwidth: Figure
+    """GB/s between the device and host memory, one way, while all devices of a server do: what offloading pays."""
+    host_memory_gib: Figure
+    """A device's share of its server's memory: what offloading may fill."""
+    peak_tflops: Annotated[dict[Literal["fp32", "bf16", "fp16"], Figure], Field(min_length=1)]
     """Dense matrix products in each precision the device has."""
 
 
 class Level(Section):
     """Devices that reach each other at the same speed, from the innermost (a group on one board) to the whole cluster."""
 
-    name: str
-    """`group`, `server`, `rack`, `cluster`."""
+    name: Literal["group", "server", "rack", "cluster"]
+    """`group` and `server` are links inside a server, `rack` and `cluster` the network between servers."""
     devices: Count
     """How many devices one unit of this level has."""
     bandwidth: Figure
@@ -56,7 +65,52 @@ class Cluster(Section):
     levels: Annotated[list[Level], Field(min_length=1)]
     """Innermost first; each has a multiple of the devices of the one before. The last is the whole cluster."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Cluster:
+        order = ["group", "server", "rack", "cluster"]
+        for inner, outer in zip(self.levels, self.levels[1:], strict=False):
+            if order.index(inner.name) >= order.index(outer.name):
+                raise ValueError(f"level {outer.name!r} comes after {inner.name!r}; levels go from the innermost out: {', '.join(order)}.")
+            if outer.devices % inner.devices or outer.devices == inner.devices:
+                raise ValueError(
+                    f"a {outer.name} of {outer.devices} devices cannot be made of {inner.name}s of {inner.devices}: "
+                    f"give {outer.name} a larger multiple of {inner.devices}, or leave out one of the two levels."
+                )
+        return self
+
     @property
     def num_devices(self) -> int:
         """Devices of the whole cluster."""
         return self.levels[-1].devices
+
+    def with_devices(self, count: int) -> Cluster:
+        """The same kind of cluster with another number of devices: its outermost level grows, or levels that are not filled are cut off.
+
+        Raises:
+            InputError: the devices do not fill whole units of the level below.
+        """
+        if count < 1:
+            raise InputError(f"{count} devices: 1 or more are expected.")
+        kept = [level for level in self.levels[:-1] if level.devices < count]
+        if kept and count % kept[-1].devices:
+            below = count // kept[-1].devices * kept[-1].devices
+            raise InputError(
+                f"{count} devices do not fill whole {kept[-1].name}s of {kept[-1].devices} (cluster {self.name}). "
+                f"Choose {below} or {below + kept[-1].devices}."
+            )
+        outermost = self.levels[len(kept)].model_copy(update={"devices": count})
+        return self.model_copy(update={"levels": [*kept, outermost]})
+
+
+def load_cluster(path: Path | str) -> Cluster:
+    """Read a cluster file, such as those in ds_configs/clusters.
+
+    Raises:
+        InputError: one line naming the file, the key, what was found and what is expected.
+    """
+    path = Path(path)
+    try:
+        return Cluster.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise InputError(f"{path}: {problem.text}{problem.more}") from None

@@ -52,6 +52,12 @@ class Plan:
         return workload.global_batch_size // (self.layout.data * self.micro_batch_size)
 
 
+def workload_of(config: Config) -> Workload:
+    """What a configuration trains, whatever its layout."""
+    train = config.train
+    return Workload(config.model, train.sequence_length, train.global_batch_size, train.precision, config.data.eod_reset)
+
+
 def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tuple[Workload, Plan]:
     """What a configuration trains, and how.
 
@@ -60,15 +66,14 @@ def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tupl
         layout: of its processes.
         deepspeed: the completed DeepSpeed configuration, for offloading and bucket sizes (pangu.config.deepspeed_config).
     """
-    train, parallel, zero = config.train, config.parallel, deepspeed["zero_optimization"]
+    parallel, zero = config.parallel, deepspeed["zero_optimization"]
 
     def is_offloaded(key: str) -> bool:
         return (zero.get(key) or {}).get("device", "none") != "none"
 
-    workload = Workload(config.model, train.sequence_length, train.global_batch_size, train.precision, config.data.eod_reset)
     plan = Plan(
         layout,
-        train.micro_batch_size,
+        config.train.micro_batch_size,
         stage_layers(config),
         zero_stage=parallel.zero_stage,
         sequence_parallel=parallel.sequence,
@@ -77,4 +82,4 @@ def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tupl
         offload_parameters=is_offloaded("offload_param"),
         bucket_elements=zero["reduce_bucket_size"],
     )
-    return workload, plan
+    return workload_of(config), plan

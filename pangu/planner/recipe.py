@@ -1,0 +1,66 @@
+"""A plan as a recipe that `pangu.train` runs unchanged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pangu.config import parse_config, validate_layout
+from pangu.config_file import apply_override, read_yaml
+from pangu.errors import InputError
+from pangu.files import write_durably
+from pangu.model.stages import balanced_layers
+from pangu.planner.plan import Plan, Workload
+
+RECIPES = Path(__file__).parents[2] / "ds_configs"
+
+
+def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, plan: Plan) -> dict[str, Any]:
+    """The sections of a recipe with a plan's layout.
+
+    Args:
+        path: where it will be: `deepspeed` is relative to that.
+        base: the recipe that gives all that is not layout: model, data, optimizer, schedule.
+        overrides: `section.key=value` for it, as `pangu.train` takes them.
+        workload: batch and precision.
+        plan: the layout.
+    """
+    values = read_yaml(base)
+    for override in overrides:
+        apply_override(values, override)
+    parallel: dict[str, Any] = {
+        "tensor": plan.layout.tensor,
+        "pipeline": plan.layout.pipeline,
+        "order": plan.layout.order,
+        "sequence": plan.sequence_parallel,
+        "zero_stage": plan.zero_stage,
+        "recompute": plan.recompute,
+    }
+    if plan.stage_layers != balanced_layers(workload.model, plan.layout.pipeline):
+        parallel["stage_layers"] = [*plan.stage_layers]
+    train = {
+        "micro_batch_size": plan.micro_batch_size,
+        "global_batch_size": workload.global_batch_size,
+        "precision": workload.precision,
+    }
+    offload = "-offload" if plan.offload_optimizer else ""
+    deepspeed = os.path.relpath(RECIPES / f"zero{plan.zero_stage}{offload}.json", path.parent.resolve())
+    return {**values, "parallel": parallel, "train": {**(values.get("train") or {}), **train}, "deepspeed": deepspeed}
+
+
+def write_recipe(path: Path, values: dict[str, Any], remarks: list[str], world_size: int) -> None:
+    """Write the sections of a recipe below remarks; the file appears whole or not at all.
+
+    Raises:
+        InputError: if `pangu.train` would refuse the recipe on so many processes, or the file cannot be written.
+    """
+    validate_layout(parse_config(values, path), world_size)
+    comment = "".join(f"# {remark}".rstrip() + "\n" for remark in remarks)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, f"{comment}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Name another file.") from None

@@ -1,0 +1,275 @@
+"""Training runs that others have published, one a row of a CSV file: what they trained, on what, in which layout, and how long a step took.
+
+Columns (more may be there): id, family, source, layers, hidden, heads, ffn, vocab, seq, global_batch, micro_batch, tp, pp, interleave, dp,
+zero, recompute, seqpar, precision, hardware, n_devices, iter_s, mem_gb. A cell may be empty where its publication says nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ext.topology import Topology
+from pangu.config import ModelConfig
+from pangu.errors import InputError, one_line
+from pangu.planner.hardware import Cluster, load_cluster
+from pangu.planner.plan import Plan, Recompute, Workload
+
+COLUMNS = (
+    *("id", "family", "source", "layers", "hidden", "heads", "ffn", "vocab", "seq", "global_batch", "micro_batch", "tp", "pp"),
+    *("interleave", "dp", "zero", "recompute", "seqpar", "precision", "hardware", "n_devices", "iter_s", "mem_gb"),
+)
+CLUSTERS = {
+    "A100-80": "a100_80",
+    "A100-40": "a100_40",
+    "A100": "a100_80",
+    "H100": "h100",
+    "H200": "h200",
+    "V100": "v100_64",
+    "Ascend910": "ascend910_2048",
+    "Ascend910B": "ascend910b",
+}
+"""File of ds_configs/clusters for each beginning of the column `hardware`; the longest that fits counts."""
+STACKS = {"Megatron-DeepSpeed": ("BLOOM", "MT-NLG", "GLM", "DeepSpeed"), "Megatron-LM": ("Megatron", "Korthikanti")}
+"""Software, by words in the name of a family."""
+MICRO_BATCHES = (1, 2, 4, 8)
+"""Tried where a row does not say."""
+MAX_BYTES = 64 << 20
+MAX_LAYERS = 10_000
+
+
+class UnclearRow(ValueError):
+    """A row that says too little, or what cannot be; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One published run."""
+
+    id: str
+    family: str
+    date: str
+    """Month and day in parentheses at the end of the source, where machine and software changed from day to day; else empty."""
+    workload: Workload
+    plans: tuple[Plan, ...]
+    """One for each micro-batch size that the row leaves possible."""
+    cluster: Cluster
+    seconds: float | None
+    """Of one optimizer step, as measured."""
+    out_of_memory: bool
+    notes: tuple[str, ...] = ()
+    """What was assumed."""
+
+    @property
+    def fp32_gradients(self) -> bool:
+        """Megatron and its DeepSpeed branch add up bf16 gradients in fp32."""
+        return self.workload.precision == "bf16" and self.groups[0] in STACKS
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What it shares its speed with, from the widest: the software stack, the family, and the family on that day where there is one."""
+        stack = next((stack for stack, words in STACKS.items() if any(word in self.family for word in words)), "other software")
+        return stack, self.family, *([f"{self.family} {self.date}"] if self.date else [])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was read: the run, or why it is none."""
+
+    id: str
+    run: Run | None
+    reason: str = ""
+
+
+def read_runs(path: Path | str, clusters: Path) -> list[Row]:
+    """All rows of a CSV file, in its order.
+
+    Args:
+        path: the CSV file.
+        clusters: directory of the cluster files.
+
+    Raises:
+        InputError: the file cannot be read, is no CSV table with these columns, or a line has too few or too many cells.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes; a table of runs has less than {MAX_BYTES:,}.")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text.") from None
+    known: dict[str, Cluster] = {}
+
+    def cluster(name: str) -> Cluster:
+        if name not in known:
+            known[name] = load_cluster(clusters / f"{name}.yaml")
+        return known[name]
+
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if missing := [column for column in COLUMNS if column not in (reader.fieldnames or [])]:
+            raise InputError(f"{path}: line 1: no column {', '.join(missing)}; found {text[:80]!r}.")
+        rows = []
+        for cells in reader:
+            if None in cells or None in cells.values():
+                found = sum(value is not None for key, value in cells.items() if key) + len(cells.get(None) or [])
+                raise InputError(f"{path}: line {reader.line_num}: {found} cells, but the first line names {len(reader.fieldnames or [])}.")
+            try:
+                rows.append(Row(cells["id"], _run(cells, cluster)))
+            except ValueError as error:
+                rows.append(Row(cells["id"], None, one_line(str(error))))
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: is not CSV ({error}).") from None
+    return rows
+
+
+def spread_layers(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage: alike where they divide; else the embedding and the logits count as a layer each, as BLOOM was cut."""
+    if layers % stages == 0:
+        return (layers // stages,) * stages
+    share, more = divmod(layers + 2, stages)
+    counts = [share] * stages
+    for stage in range(more):
+        counts[(stage + 1) % stages] += 1  # the first stage last
+    counts[0] -= 1
+    counts[-1] -= 1
+    return tuple(counts)
+
+
+def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
+    notes: list[str] = []
+    hidden, heads, layers = _count(cells, "hidden"), _count(cells, "heads"), _count(cells, "layers")
+    sequence = _count(cells, "seq")
+    if hidden % heads:
+        raise UnclearRow(f"heads = {heads} does not divide hidden = {hidden}")
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        ffn_hidden_size=_count(cells, "ffn", 4 * hidden),
+        vocab_size=max(_count(cells, "vocab"), 10),
+        max_positions=sequence,
+        attention="eager",  # none of these runs had a fused kernel, so far as they say
+    )
+    known = [hardware for hardware in CLUSTERS if cells["hardware"].strip().startswith(hardware)]
+    if not known:
+        raise UnclearRow(f"hardware = {cells['hardware']!r} is not known: {', '.join(CLUSTERS)}")
+    name = CLUSTERS[max(known, key=len)]
+    if name == "a100_80" and cells["family"].startswith("BLOOM"):
+        name = "a100_80_omnipath"
+    layout = _layout(cells, notes)
+    cluster = cluster_of(name).with_devices(layout.world_size)
+    if layers > MAX_LAYERS:
+        raise UnclearRow(f"layers = {layers}, but {MAX_LAYERS} are the most that is believed")
+    if layout.pipeline > layers:
+        raise UnclearRow(f"pp = {layout.pipeline} is more than layers = {layers}")
+
+    batch = _count(cells, "global_batch")
+    if cells["micro_batch"].strip():
+        micro_batches: tuple[int, ...] = (_count(cells, "micro_batch"),)
+        if batch % (layout.data * micro_batches[0]):
+            batch = math.ceil(batch / (layout.data * micro_batches[0])) * layout.data * micro_batches[0]
+            notes.append(f"global_batch is no multiple of dp x micro_batch, {batch} is assumed")
+    else:
+        micro_batches = tuple(size for size in MICRO_BATCHES if batch % (layout.data * size) == 0)
+        if not micro_batches:
+            raise UnclearRow(f"global_batch = {batch} is not a multiple of dp = {layout.data}")
+        notes.append("micro_batch is not given, the fastest that fits is assumed")
+    plan = Plan(
+        layout=layout,
+        micro_batch_size=1,
+        stage_layers=spread_layers(layers, layout.pipeline),
+        zero_stage=_zero_stage(cells["zero"]),
+        sequence_parallel=cells["seqpar"].strip() == "1",
+        recompute=_recompute(cells["recompute"]),
+        interleave=_count(cells, "interleave", 1),
+    )
+    found = re.search(r"\((\d\d-\d\d)\)\s*$", cells["source"])
+    return Run(
+        id=cells["id"],
+        family=cells["family"].strip(),
+        date=found[1] if found else "",
+        workload=Workload(model, sequence, batch, _precision(cells["precision"], cluster)),
+        plans=tuple(replace(plan, micro_batch_size=size) for size in micro_batches),
+        cluster=cluster,
+        seconds=_seconds(cells["iter_s"]),
+        out_of_memory=cells["mem_gb"].strip() == "OOM",
+        notes=tuple(notes),
+    )
+
+
+def _count(cells: dict[str, str], column: str, default: int | None = None) -> int:
+    text = cells[column].strip()
+    if not text:
+        if default is None:
+            raise UnclearRow(f"{column} is empty")
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise UnclearRow(f"{column} = {text!r} is not a count")
+    return int(text)
+
+
+def _seconds(text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise UnclearRow(f"iter_s = {text!r} is not a number") from None
+    if not 0.0 < seconds < 1e9:
+        raise UnclearRow(f"iter_s = {text!r} is no time of a step")
+    return seconds
+
+
+def _layout(cells: dict[str, str], notes: list[str]) -> Topology:
+    """The three axes; one that is not given follows from the number of devices."""
+    sizes = {column: _count(cells, column, 0) for column in ("tp", "pp", "dp")}
+    devices = _count(cells, "n_devices", math.prod(sizes.values()))
+    unknown = [column for column, size in sizes.items() if not size]
+    if len(unknown) > 1 or not devices:
+        raise UnclearRow(f"{', '.join(unknown)} empty: the layout cannot be told")
+    if not unknown and math.prod(sizes.values()) != devices:
+        unknown = ["dp"]
+        notes.append(f"tp x pp x dp is not n_devices = {devices}, another dp is assumed")
+    if unknown:
+        rest = math.prod(size for column, size in sizes.items() if column not in unknown)
+        if devices % rest:
+            raise UnclearRow(f"n_devices = {devices} is not a multiple of the product of the axes, {rest}")
+        sizes[unknown[0]] = devices // rest
+    return Topology(tensor=sizes["tp"], pipeline=sizes["pp"], data=sizes["dp"])
+
+
+def _zero_stage(text: str) -> int:
+    text = text.strip()
+    if text.startswith("opt-parallel"):
+        return 1
+    if text in ("", "auto"):
+        return 0
+    if text not in ("0", "1", "2", "3"):
+        raise UnclearRow(f"zero = {text!r} is no stage from 0 to 3")
+    return int(text)
+
+
+def _recompute(text: str) -> Recompute:
+    word = text.strip().partition("(")[0]
+    if word == "full":
+        return "full"
+    if word == "selective":
+        return "selective"
+    if word in ("", "none"):
+        return "none"
+    raise UnclearRow(f"recompute = {text!r} is not none, selective or full")
+
+
+def _precision(text: str, cluster: Cluster) -> str:
+    for precision in re.findall(r"bf16|fp16|fp32", text):
+        if precision in cluster.device.peak_tflops:
+            return precision
+    raise UnclearRow(f"precision = {text!r} is none that {cluster.device.name} has")

@@ -319,7 +319,7 @@ def table(result: dict[str, Any]) -> Table:
     table = Table(title=title, caption=result["device"] + (f"; {model['threads']} threads" if "threads" in model else ""))
     table.add_column("", no_wrap=True)
     for name in sides:
-        table.add_column(name.replace(", ", "\n").replace(" GPT-2", "\nGPT-2"), justify="right", no_wrap=True)
+        table.add_column(name.replace(", ", "\n").replace("transformers ", "").replace(" alone", "\nalone"), justify="right", no_wrap=True)
 
     def row(label: str, cell: Callable[[str, dict[str, Any]], str]) -> None:
         cells = [cell(name, one) for name, one in sides.items()]
@@ -327,20 +327,24 @@ def table(result: dict[str, Any]) -> Table:
             table.add_row(label, *cells)
 
     def spread_of(values: list[float] | None, digits: int) -> str:
-        return f"{min(values):,.{digits}f} .. {max(values):,.{digits}f}" if values else ""
+        return f"{min(values):,.{digits}f}..{max(values):,.{digits}f}" if values else ""
+
+    def alone(allocator: str, key: str, unit: float) -> Callable[[str, dict[str, Any]], str]:
+        found = {name: one.get(f"alone, {allocator} allocator") for name, one in sides.items()}
+        return lambda name, one: f"{own[key] / unit:,.0f}" if (own := found[name]) else ""
 
     def ratio(label: str) -> str:
         return f"{ratios[label]:.2f}x" if label in ratios else ""
 
-    row("tokens/s", lambda name, one: f"{one['tokens_per_second']:,.1f}" if "tokens_per_second" in one else "")
-    row("  range", lambda name, one: spread_of(one.get("all_tokens_per_second"), 1))
-    row("speed of GPT-2", lambda name, one: ratio(f"speed, {name}"))
+    row("tokens/s", lambda name, one: f"{one['tokens_per_second']:,.0f}" if "tokens_per_second" in one else "")
+    row("  range", lambda name, one: spread_of(one.get("all_tokens_per_second"), 0))
+    row("over GPT-2", lambda name, one: ratio(f"speed, {name}"))
     row("  range", lambda name, one: spread_of(spread.get(f"speed, {name}"), 2))
-    row("speed of the model alone", lambda name, one: ratio(f"{name} over {BARE}"))
+    row("over the model alone", lambda name, one: ratio(f"{name} over {BARE}"))
     row("  range", lambda name, one: spread_of(spread.get(f"{name} over {BARE}"), 2))
     row("MFU", lambda name, one: f"{one['mfu']:.1%}" if "mfu" in one else "")
-    for allocator in ("default", "tuned"):
-        alone = {name: one.get(f"alone, {allocator} allocator", {}) for name, one in sides.items()}
-        row(f"alone, {allocator} malloc: tok/s", lambda name, one: f"{found['tokens_per_second']:,.1f}" if (found := alone[name]) else "")
-        row("  peak MB", lambda name, one: f"{found['peak_bytes'] / 1e6:,.0f}" if (found := alone[name]) else "")
+    row("own process: tokens/s", alone("default", "tokens_per_second", 1))
+    row("  peak MB", alone("default", "peak_bytes", 1e6))
+    row("  tuned malloc", alone("tuned", "tokens_per_second", 1))
+    row("  peak MB", alone("tuned", "peak_bytes", 1e6))
     return table

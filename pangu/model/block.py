@@ -146,6 +146,10 @@ class Block(nn.Module):
             return recompute(self._layer, x_BSH, position_ids_BS, cache, query_BSH, rng=self.context.rng)
         return self._layer(x_BSH, position_ids_BS, cache, query_BSH)
 
+    def compile_layer(self) -> None:
+        """Compile what is recomputed as one; recomputing itself stays outside, for it restores random streams that torch.compile cannot."""
+        self._layer = torch.compile(self._layer)  # type: ignore[method-assign]
+
     def _layer(self, x_BSH: Tensor, position_ids_BS: Tensor, cache: Cache | None, query_BSH: Tensor | None) -> Tensor:
         attended_BSH = self._dropout(self.attn(self.ln_1(x_BSH), position_ids_BS, cache, query_BSH))
         if cache is not None:

@@ -22,7 +22,7 @@ from megatron_ext.sharding import spec_of
 from megatron_ext.topology import Groups
 from pangu.config import Config, deepspeed_config
 from pangu.data.batches import Batch
-from pangu.model.block import RunOptions
+from pangu.model.block import Block, RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import build_pipeline, quiet
 from pangu.training.guard import StepGuard
@@ -87,12 +87,18 @@ class TrainingEngine:
             )
             with quiet(), sharded:
                 module = PanguModel(config.model, context, options)
+        if config.train.compile:
+            for layer in module.modules():
+                if isinstance(layer, Block):
+                    layer.compile_layer()
         offload = bool(settings["zero_optimization"].get("offload_optimizer"))
         optimizer, self.optimizer_name = build_optimizer(config.optimizer, module.parameters(), offload=offload)
         self.guard = StepGuard(module.parameters(), groups, self.micro_batches, accelerator.device())
         with quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
         self.module = self.engine.module
+        if config.parallel.zero_stage == 0 and groups.data.size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back
         if config.parallel.zero_stage > 0:
             self.guard.judge_by_norm(self.engine.optimizer)
         if self.has_pipeline:

@@ -20,6 +20,9 @@ FP32_BYTES = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a weight, a gradient and an activation under each `train.precision`."""
 
+CHUNK_LOGITS = 2**25
+"""Of a rank, that the loss computes at once (megatron_ext.cross_entropy, which this module does not import: it needs no torch)."""
+
 ZERO3_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default bound on gathered parameters (stage3_max_live_parameters), and on what one update works on (sub_group_size)."""
 
@@ -48,7 +51,7 @@ class MemoryEstimate:
     activations: int
     """Kept for the backward pass by every micro-batch in flight, and the largest layer that is being recomputed."""
     logits: int
-    """Last stage only: logits, their fp32 probabilities and the gradient of the loss."""
+    """Last stage only: a chunk's logits with what is made of them, and the gradients that wait for the backward pass."""
 
     @property
     def total(self) -> int:
@@ -197,7 +200,10 @@ def estimate_memory(
     recomputed = layer("none") - layer(parallel.recompute)
     logits = 0
     if stage == layout.pipeline - 1:
-        logits = tokens * math.ceil(model.vocab_size / layout.tensor) * (element + 2 * FP32_BYTES)
+        words = math.ceil(model.vocab_size / layout.tensor)
+        chunk = min(tokens * words, CHUNK_LOGITS)
+        logits = chunk * (element if element == FP32_BYTES else 2 * element + FP32_BYTES)
+        logits += words * model.hidden_size * FP32_BYTES + tokens * model.hidden_size * element
     return MemoryEstimate(states, kept * in_flight + recomputed, logits)
 
 

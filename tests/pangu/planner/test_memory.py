@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext import cross_entropy
 from megatron_ext.topology import Topology
 from pangu.config import Config, deepspeed_config, load_config
-from pangu.planner.memory import MemoryEstimate, estimate_memory, layer_activation_bytes, model_state_bytes
+from pangu.planner.memory import CHUNK_LOGITS, MemoryEstimate, estimate_memory, layer_activation_bytes, model_state_bytes
 from pangu.presets import num_parameters
 
 GIB = 2**30
@@ -154,7 +155,11 @@ def test_the_paper_plan_needs_its_measures() -> None:
 def test_later_stages_hold_fewer_micro_batches_and_the_last_the_logits() -> None:
     first, second, last = paper_plan(), paper_plan(stage=1), paper_plan(stage=15)
     assert first.activations > second.activations > last.activations
-    assert (second.logits, last.logits) == (0, 1024 * 5000 * (2 + 8))
+    # Of a rank's 5000 ids in 16 bits, in fp32, and the gradient in 16 bits; then the gradients of the output layer and of its input.
+    assert (second.logits, last.logits) == (0, 1024 * 5000 * (2 + 4 + 2) + 5000 * 16384 * 4 + 1024 * 16384 * 2)
+    many = paper_plan("train.micro_batch_size=32", stage=15)
+    assert many.logits == 2**25 * 8 + 5000 * 16384 * 4 + 32 * 1024 * 16384 * 2
+    assert CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
 
 
 def test_no_more_micro_batches_in_flight_than_there_are() -> None:

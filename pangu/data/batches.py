@@ -75,8 +75,8 @@ def micro_batches(
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches without end, from the point where the run has consumed `consumed_samples`.
 
-    A thread reads ahead, into page-locked memory where there is a device. What it does wrong is raised here; `close()` on the generator ends
-    it. No random numbers are drawn, so whoever iterates finds torch's generators as they were.
+    A thread reads ahead, into page-locked memory where there is a device. What it does wrong is raised here; `close()` on the generator
+    ends it. No random numbers are drawn, so whoever iterates finds torch's generators as they were.
     """
 
     def load(indices: range) -> Batch:

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meanings[name]} (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="everywhere, on both sides (default: %(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="all with torch.compile: ours by train.compile, a plain loop's model whole")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a core that this process may use")
     parser.add_argument("--part", choices=["turns", "alone"], help="only the turns, or only the processes of their own; default: both")
     parser.add_argument("--only", choices=NAMES, help=argparse.SUPPRESS)  # what a process of its own is started with
@@ -93,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": {
             **{name: getattr(arguments, name) for name in COUNTS},
-            **{name: getattr(arguments, name) for name in ("dropout", "precision")},
+            **{name: getattr(arguments, name) for name in ("dropout", "precision", "compile")},
             "optimizer": {**OPTIMIZER, "grad_clip": GRAD_CLIP},
         },
         "ours": {name: {} for name in NAMES[:-1]},
@@ -140,6 +141,7 @@ def _measure_alone(arguments: argparse.Namespace, result: dict[str, Any], sides:
 
     on_cpu = accelerator.name() == "cpu"
     words = [f"--{name}={getattr(arguments, name)}" for name in (*COUNTS, "dropout", "precision")]
+    words += ["--compile"] if arguments.compile else []
     words += [f"--threads={arguments.threads}"] if arguments.threads else []
     command = [sys.executable, Path(__file__).parents[1] / "benchmark.py", "train", *words, "--json", "--only"]
     for name, allocator in itertools.product((OURS, PEER), ("default", "tuned") if on_cpu else ("default",)):
@@ -206,7 +208,7 @@ def settings(arguments: argparse.Namespace, zero_stage: int) -> Config:
             },
             "parallel": {"zero_stage": zero_stage},
             "train": {"micro_batch_size": arguments.batch, "global_batch_size": arguments.batch, "steps": 1000}
-            | {"precision": arguments.precision},
+            | {"precision": arguments.precision, "compile": arguments.compile},
             "optimizer": {"name": "adamw", **OPTIMIZER, "grad_clip": GRAD_CLIP},
             # GPT-2 has no documents inside a sample; these have none either.
             "data": {"train": "in memory", "eod_reset": False},
@@ -256,7 +258,7 @@ def _bare(arguments: argparse.Namespace) -> Step:
     model = PanguModel(config.model, ParallelContext(device=accelerator.device(), fill=random_weights(1)))
     batch = batch_of(config)
     inputs = [x.to(accelerator.device()) for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask)]
-    return _plain_loop(model, lambda: model(*inputs), arguments.precision)
+    return _plain_loop(model, lambda: model(*inputs), arguments)
 
 
 def _gpt2(arguments: argparse.Namespace) -> Step:
@@ -283,20 +285,22 @@ def _gpt2(arguments: argparse.Namespace) -> Step:
     model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
     model = model.to(accelerator.device())
     tokens = batch_of(settings(arguments, 0)).tokens.to(accelerator.device())
-    return _plain_loop(model, lambda: model(input_ids=tokens, labels=tokens).loss, arguments.precision)
+    return _plain_loop(model, lambda: model(input_ids=tokens, labels=tokens).loss, arguments)
 
 
-def _plain_loop(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], precision: str) -> Step:
+def _plain_loop(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], arguments: argparse.Namespace) -> Step:
     """A step as a short script of PyTorch would take it."""
     import torch
 
     from megatron_ext import accelerator
 
     model.train()
+    if arguments.compile:
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **OPTIMIZER)  # type: ignore[arg-type]
 
     def step() -> float:
-        autocast = torch.autocast(accelerator.name(), torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        autocast = torch.autocast(accelerator.name(), torch.bfloat16) if arguments.precision == "bf16" else contextlib.nullcontext()
         with autocast:
             loss = loss_of()
         loss.backward()
@@ -314,6 +318,7 @@ def table(result: dict[str, Any]) -> Table:
     title = (
         f"{model['layers']} layers, hidden {model['hidden']}, {model['heads']} heads, vocabulary {model['vocab']}\n"
         f"batch {model['batch']} x {model['sequence']}, {model['precision']}, dropout {model['dropout']}, fused AdamW"
+        + (", compiled" if model["compile"] else "")
     )
     sides = {**result["ours"], **result["peers"]}
     table = Table(title=title, caption=result["device"] + (f"; {model['threads']} threads" if "threads" in model else ""))

@@ -126,6 +126,8 @@ class TrainConfig(Section):
     """`fp32` runs everywhere; `bf16` on recent devices; `fp16`, with a dynamic loss scale, is how the original was trained."""
     sequence_length: DerivedCount = 0
     """Tokens a sample; null = model.max_positions."""
+    compile: bool = False
+    """Compile each layer with torch.compile: a minute at the start, and fewer and larger kernels. It gains nothing on the CPU."""
     eval_every: CountOrZero = 0
     """Steps between evaluations on the validation part; 0 = never."""
     eval_batches: Count = 10

@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, context: ParallelContext, options: RunOptions, *, name: str) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.config, self.context, self.options = config, context, options
+        self.config, self.context, self.options, self.recompute = config, context, options, recompute
         self.head_dim = hidden // config.num_heads
         self.q_proj = ColumnParallelLinear(hidden, hidden, context, name=f"{name}.q_proj", init=Init("normal", QKV_STD))
         self.k_proj = ColumnParallelLinear(hidden, hidden, context, name=f"{name}.k_proj", init=Init("normal", QKV_STD))
@@ -96,7 +96,7 @@ class Attention(nn.Module):
             rng=self.context.rng,
         )
         if self.options.recompute == "selective" and torch.is_grad_enabled():
-            out_BNSD = recompute(attend, q_BNSD, k_BNSD, v_BNSD, mask, rng=self.context.rng)
+            out_BNSD = self.recompute(attend, q_BNSD, k_BNSD, v_BNSD, mask, rng=self.context.rng)
         else:
             out_BNSD = attend(q_BNSD, k_BNSD, v_BNSD, mask)
         return self.c_proj(out_BNSD.transpose(1, 2).flatten(2))
@@ -145,6 +145,11 @@ class Block(nn.Module):
         if self.options.recompute == "full" and torch.is_grad_enabled():
             return recompute(self._layer, x_BSH, position_ids_BS, cache, query_BSH, rng=self.context.rng)
         return self._layer(x_BSH, position_ids_BS, cache, query_BSH)
+
+    def compile_layer(self) -> None:
+        """Compile what `full` recomputes as one. Recomputing stays outside: it restores random streams, which torch.compile cannot."""
+        self.attn.recompute = torch.compiler.disable(recompute)
+        self._layer = torch.compile(self._layer)  # type: ignore[method-assign]
 
     def _layer(self, x_BSH: Tensor, position_ids_BS: Tensor, cache: Cache | None, query_BSH: Tensor | None) -> Tensor:
         attended_BSH = self._dropout(self.attn(self.ln_1(x_BSH), position_ids_BS, cache, query_BSH))

@@ -18,6 +18,9 @@ from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_byt
 
 GIB = 2**30
 
+CHUNK_LOGITS = 2**25
+"""Of a rank, that the loss computes at once (megatron_ext.cross_entropy, which this module does not import: it needs no torch)."""
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -33,6 +36,8 @@ class Platform:
     """Under sequence parallelism the gathered input of the column-parallel layers is kept whole; or else it is gathered again."""
     keeps_small: bool = True
     """Count what is small beside a hidden state: statistics of LayerNorm and attention, attention masks, token ids."""
+    chunked_loss: bool = True
+    """The loss goes through the tokens in chunks; or else the logits of a whole micro-batch are there at once."""
     pipeline_copies: bool = True
     """DeepSpeed's pipeline keeps what a stage was sent and what it sends, besides what autograd keeps, until the backward pass."""
     reserve_fraction: float = 0.1
@@ -43,7 +48,7 @@ class Platform:
 
 ACCELERATOR = Platform()
 CPU = Platform(mask_bytes=0, fused_dropout=False, reserve_fraction=0.0, reserve_bytes=0)
-MEGATRON = Platform(softmax_in_fp32=False, keeps_gathered=False, keeps_small=False, pipeline_copies=False)
+MEGATRON = Platform(softmax_in_fp32=False, keeps_gathered=False, keeps_small=False, chunked_loss=False, pipeline_copies=False)
 """Megatron-LM on GPUs, as its authors count."""
 
 
@@ -57,7 +62,7 @@ class MemoryEstimate:
     recomputed: int
     """What one layer holds besides while it is computed again."""
     logits: int
-    """Last stage only: logits, their fp32 probabilities and the gradient of the loss."""
+    """Last stage only: a chunk's logits with what is made of them, and the gradients that wait for the backward pass."""
     reserve: int
     """To be left free."""
 
@@ -92,7 +97,7 @@ def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platfo
     activations = kept * parts // plan.interleave
     if platform.pipeline_copies and layout.pipeline > 1:
         activations += exchanged_bytes(workload, plan, parts, first=first, last=last)
-    logits = logits_bytes(workload, plan) if last else 0
+    logits = logits_bytes(workload, plan, platform) if last else 0
     needed = states.resident + max(activations + max(recomputed, logits), states.step)
     reserve = int(platform.reserve_fraction * needed) + platform.reserve_bytes
     return MemoryEstimate(states, activations, recomputed, logits, reserve)
@@ -186,7 +191,7 @@ def end_activation_bytes(workload: Workload, plan: Plan, platform: Platform, *, 
             kept += tokens * (16 + (9 if tensor > 1 else 0))  # token and position ids; ids within the slice, and whether they are in it
     if last:
         entered = element * tokens * model.hidden_size if platform.keeps_gathered else hidden_state
-        kept += hidden_state + entered  # inputs of the final LayerNorm and of the logits
+        kept += hidden_state + entered  # input of the final LayerNorm; the gradient of what the loss reads (or else its input)
         kept += element * tokens * model.hidden_size  # the query embedding, looked up for every position
         if platform.keeps_small:
             kept += tokens * 12 + 2 * FP32_BYTES * own  # labels and loss mask; the LayerNorm's statistics
@@ -212,12 +217,16 @@ def exchanged_bytes(workload: Workload, plan: Plan, in_flight: int, *, first: bo
     return kept
 
 
-def logits_bytes(workload: Workload, plan: Plan, chunk: int | None = None) -> int:
-    """Logits, their fp32 probabilities and the gradient of the loss, for `chunk` tokens at a time; None: the whole micro-batch at once.
+def logits_bytes(workload: Workload, plan: Plan, platform: Platform) -> int:
+    """Logits of a chunk of tokens with what is made of them, and the gradient of the output layer, which is computed with the loss.
 
-    A pipeline keeps the logits of the micro-batch before, too.
+    Where the loss is not chunked: all logits, their fp32 probabilities and the gradient of the loss.
     """
-    tokens, element = plan.micro_batch_size * workload.sequence_length, BYTES[workload.precision]
-    width = -(-workload.model.vocab_size // plan.layout.tensor)
-    kept = tokens * width * element if plan.layout.pipeline > 1 else 0
-    return kept + min(tokens, chunk or tokens) * width * (element + 2 * FP32_BYTES)
+    model, element = workload.model, BYTES[workload.precision]
+    width = -(-model.vocab_size // plan.layout.tensor)
+    logits = plan.micro_batch_size * workload.sequence_length * width
+    if not platform.chunked_loss:
+        return logits * (element + 2 * FP32_BYTES)
+    # In 16 bits the logits, their fp32 copy that becomes the gradient, and that again in 16 bits; in fp32 all in one place.
+    each = element if element == FP32_BYTES else 2 * element + FP32_BYTES
+    return min(logits, CHUNK_LOGITS) * each + width * model.hidden_size * FP32_BYTES

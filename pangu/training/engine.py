@@ -22,7 +22,7 @@ from megatron_ext.sharding import spec_of
 from megatron_ext.topology import Groups
 from pangu.config import Config, deepspeed_config
 from pangu.data.batches import Batch
-from pangu.model.block import RunOptions
+from pangu.model.block import Block, RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import build_pipeline, quiet
 from pangu.model.stages import stage_layers
@@ -88,12 +88,18 @@ class TrainingEngine:
             )
             with quiet(), sharded:
                 module = PanguModel(config.model, context, options)
+        if config.train.compile:
+            for layer in module.modules():
+                if isinstance(layer, Block):
+                    layer.compile_layer()
         offload = bool(settings["zero_optimization"].get("offload_optimizer"))
         optimizer, self.optimizer_name = build_optimizer(config.optimizer, module.parameters(), offload=offload)
         self.guard = StepGuard(module.parameters(), groups, self.micro_batches, accelerator.device())
         with quiet():
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
         self.module = self.engine.module
+        if config.parallel.zero_stage == 0 and groups.data.size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back
         if config.parallel.zero_stage > 0:
             self.guard.judge_by_norm(self.engine.optimizer)
         if self.has_pipeline:
@@ -192,7 +198,9 @@ class TrainingEngine:
         for parameter in self.module.parameters():
             assert parameter.grad is not None, spec_of(parameter).name
             gradients.append(parameter.grad)
-            squares[0 if spec_of(parameter).split_dim is not None else 1] += parameter.grad.float().square().sum()
+            # By rows: no copy of the gradient, and no sum so long that fp32 loses what is added last.
+            rows = torch.linalg.vector_norm(parameter.grad, dim=-1, dtype=torch.float32)
+            squares[0 if spec_of(parameter).split_dim is not None else 1] += rows.square().sum()
         # Every rank counts its own replicated gradients, and hears whether another's are not finite: the norm is one on all.
         split, fault = all_reduce(torch.stack([squares[0], 0.0 * squares[1]]), self.groups.tensor)
         norm = float((split + fault + squares[1]).sqrt())

@@ -55,6 +55,10 @@ class FakeAccelerator:
     def max_memory_allocated(self) -> int:
         return 12345
 
+    def pin_memory(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(("pin_memory", x))
+        return x.clone()
+
 
 class FakeCuda(FakeAccelerator):
     pass
@@ -112,6 +116,14 @@ def test_the_default_generator_is_the_devices(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(torch.get_rng_state(), on_host)
     accelerator.synchronize()
     assert fake.calls == [("synchronize", None)]
+
+
+def test_memory_is_page_locked_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.arange(3)
+    assert accelerator.pin(x) is x
+    fake = pretend(monkeypatch, FakeCuda("cuda", "nccl"), "NVIDIA A100-SXM4-80GB")
+    pinned = accelerator.pin(x)
+    assert pinned is not x and torch.equal(pinned, x) and fake.calls[-1] == ("pin_memory", x)
 
 
 def test_this_machine() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from megatron_ext import cross_entropy
 from megatron_ext.topology import Topology
 from pangu.config import ModelConfig, deepspeed_config, load_config
 from pangu.model.stages import balanced_layers
 from pangu.planner.memory import (
     ACCELERATOR,
+    CHUNK_LOGITS,
     CPU,
     MEGATRON,
     MemoryEstimate,
@@ -176,7 +178,11 @@ def test_the_paper_plan_without_recomputation_is_barely_too_large() -> None:
 def test_later_stages_hold_fewer_micro_batches_and_the_last_the_logits() -> None:
     first, second, last = paper_plan(), paper_plan(stage=1), paper_plan(stage=15)
     assert first.activations > second.activations > last.activations
-    assert (second.logits, last.logits) == (0, 1024 * 5000 * (2 + 2 + 8))
+    # Of a rank's 5000 ids in 16 bits, in fp32, and the gradient in 16 bits; then the gradient of the output layer.
+    assert (second.logits, last.logits) == (0, 1024 * 5000 * (2 + 4 + 2) + 5000 * 16384 * 4)
+    many = paper_plan("train.micro_batch_size=32", stage=15)
+    assert many.logits == 2**25 * 8 + 5000 * 16384 * 4
+    assert CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
 
 
 def test_no_more_micro_batches_in_flight_than_there_are() -> None:

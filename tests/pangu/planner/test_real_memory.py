@@ -132,9 +132,12 @@ def expected(config: Config, stage: int, world_size: int) -> tuple[MemoryEstimat
         states -= element * plan.bucket_elements if estimate.states.buffers else 0  # it lives during the backward pass only
     kept = estimate.activations
     if stage == layout.pipeline - 1:
-        # When the forward pass has ended, probabilities are there, and in a pipeline its logits and those of the one before.
-        logits = 0 if layout.pipeline == 1 else element * min(2, plan.micro_batches(workload))
-        kept += plan.micro_batch_size * workload.sequence_length * -(-config.model.vocab_size // layout.tensor) * (4 + logits)
+        # When the forward pass has ended, the gradient of the output layer is there, and in a pipeline what it read for this micro-batch
+        # and the one before.
+        kept += 4 * -(-config.model.vocab_size // layout.tensor) * config.model.hidden_size
+        if layout.pipeline > 1:
+            hidden_state = element * plan.micro_batch_size * workload.sequence_length * config.model.hidden_size
+            kept += min(2, plan.micro_batches(workload)) * hidden_state // (layout.tensor if plan.sequence_parallel else 1)
     return estimate, states, kept
 
 

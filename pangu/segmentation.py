@@ -145,6 +145,8 @@ def _run_cutter(is_word: IsWord) -> Cut:
     def cut(run: str) -> list[str]:
         if is_word(run):
             return list(run)  # a word that the route chose to spell out
+        if min(run) >= FIRST_HAN:
+            return viterbi(run)
         words: list[str] = []
         for part in HAN_RUN.split(run):
             if part >= FIRST_HAN:
@@ -179,10 +181,12 @@ def _viterbi() -> Cut:
     e_b, e_s, s_b, s_s = transition["E"]["B"], transition["E"]["S"], transition["S"]["B"], transition["S"]["S"]
 
     def cut(han: str) -> list[str]:
+        if len(han) == 1:
+            return [han]
         emit_b, emit_m, emit_e, emit_s = emission.get(han[0], unknown)
         b, m, e, s = start_b + emit_b, start_m + emit_m, start_e + emit_e, start_s + emit_s
-        previous: list[tuple[int, int, int, int]] = []  # for each later character, the state before it for each state of it
-        for char in han[1:]:
+        previous: list[tuple[int, int, int, int]] = []  # for each character in the middle, the state before it for each state of it
+        for char in han[1:-1]:
             emit_b, emit_m, emit_e, emit_s = emission.get(char, unknown)
             b_after_e, b_after_s = e + e_b + emit_b, s + s_b + emit_b
             m_after_b, m_after_m = b + b_m + emit_m, m + m_m + emit_m
@@ -193,12 +197,20 @@ def _viterbi() -> Cut:
             e, before_e = (e_after_m, MIDDLE) if e_after_m >= e_after_b else (e_after_b, BEGIN)
             s, before_s = (s_after_s, SINGLE) if s_after_s >= s_after_e else (s_after_e, END)
             previous.append((before_b, before_m, before_e, before_s))
-        state = SINGLE if s >= e else END
-        ends = [len(han)]  # a word ends after End and after Single, and nowhere else
-        for position in range(len(han) - 1, 0, -1):
-            state = previous[position - 1][state]
+        # The last character ends a word, so Begin and Middle are not asked for: of runs of two, the most frequent, that is half.
+        _, _, emit_e, emit_s = emission.get(han[-1], unknown)
+        e_after_b, e_after_m = b + b_e + emit_e, m + m_e + emit_e
+        s_after_e, s_after_s = e + e_s + emit_s, s + s_s + emit_s
+        if max(s_after_e, s_after_s) >= max(e_after_b, e_after_m):
+            state = SINGLE if s_after_s >= s_after_e else END
+        else:
+            state = MIDDLE if e_after_m >= e_after_b else BEGIN
+        ends = [len(han)]
+        for position in range(len(han) - 1, 0, -1):  # `state` is that of the character before `position`
             if state >= END:
-                ends.append(position)
+                ends.append(position)  # a word ends after End and after Single, and nowhere else
+            if position > 1:
+                state = previous[position - 2][state]
         ends.append(0)
         ends.reverse()
         return [han[start:end] for start, end in pairwise(ends)]

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, generate, preprocess, tokenize
+from benchmarks import convert, data, generate, preprocess, tokenize
 from benchmarks.machine import describe
 from rich.console import Console
 
 from pangu.errors import exit_code
 
-TASKS = {"convert": convert, "generate": generate, "tokenize": tokenize, "preprocess": preprocess}
+TASKS = {"convert": convert, "generate": generate, "tokenize": tokenize, "preprocess": preprocess, "data": data}
 """Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
 
 

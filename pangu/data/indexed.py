@@ -127,7 +127,7 @@ class IndexedDataset:
         starts = self.pointers[documents] // self.dtype.itemsize + offsets
         if len(starts) == 1:
             return self._tokens[starts[0] : starts[0] + lengths[0]]
-        places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        places = (starts - lengths.cumsum() + lengths).repeat(lengths)
         places += np.arange(len(places))
         return self._tokens[places]
 

@@ -104,11 +104,11 @@ class PackedDataset:
         while True:
             order = self._epoch(epoch)
             # side="right" steps over documents without tokens, which begin where the next one does.
-            stride = int(np.searchsorted(order.starts, position, side="right")) - 1
+            stride = int(order.starts.searchsorted(position, side="right")) - 1
             while position < self.tokens_per_epoch:
                 documents = order.documents[stride * STRIDE : (stride + 1) * STRIDE]
                 sizes = self.sizes[documents]
-                ends = np.cumsum(sizes, dtype=np.int64) + order.starts[stride]
+                ends = sizes.cumsum(dtype=np.int64) + order.starts[stride]
                 stop = min(position + length, int(ends[-1]))
                 if stop > position:  # or else all documents of this stride are without tokens
                     touched = slice(int(ends.searchsorted(position, side="right")), int(ends.searchsorted(stop)) + 1)

@@ -103,7 +103,8 @@ def table(result: dict[str, Any]) -> Table:
     text, different = result["text"], result["documents_with_other_ids"]
     table = Table(
         title=f"{text['source']}: {text['documents']:,} documents, {text['characters']:,} characters, {result['tokens']:,} tokens of "
-        f"{result['vocab_size']:,}\nids equal the published tokenizer's: " + (f"NO, not in {different:,} documents" if different else "yes"),
+        f"{result['vocab_size']:,}\nids equal the published tokenizer's: "
+        + (f"NO, not in {different:,} documents" if different else "yes"),
         caption=f"{result['device']}; one process",
     )
     for heading in ("", "characters/s", "range", "speed-up", "range"):

@@ -36,9 +36,7 @@ def test_a_pipeline_writes_the_profile_of_every_rank(tmp_path: Path) -> None:
     """The range goes beyond the last step: what there is of it is written."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pangu.train"]
     overrides = ["parallel.pipeline=2", "train.profile=5:59", "train.eval_every=0"]
-    done = subprocess.run(
-        [*command, "--config", write_recipe(tmp_path), *overrides], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([*command, "--config", write_recipe(tmp_path), *overrides], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "profile of steps 5 to 6 in" in done.stdout
     folder = tmp_path / "run/profile"

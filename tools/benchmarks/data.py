@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from benchmarks.machine import watch
 from rich.table import Table
 
+from benchmarks.machine import watch
 from pangu.errors import InputError
 
 if TYPE_CHECKING:

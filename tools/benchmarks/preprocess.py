@@ -1,9 +1,9 @@
 """From text to a token data set, by one process and by more.
 
-tools/preprocess_data.py turns the same file into a data set with 1, 2, 4 ... workers, up to --workers. Each run is a process of its own, its
-start and imports counted; the numbers of workers take turns, and every other turn goes backwards. Times are medians. Memory is the highest of
-all processes of a run together, in one more run each, because looking at it takes time. The data sets must be the same, byte for byte. The
-peer is one worker.
+tools/preprocess_data.py turns the same file into a data set with 1, 2, 4 ... workers, up to --workers. Each run is a process of its own,
+its start and imports counted; the numbers of workers take turns, and every other turn goes backwards. Times are medians. Memory is the
+highest of all processes of a run together, in one more run each, because looking at it takes time. The data sets must be the same, byte
+for byte. The peer is one worker.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import prose
-from benchmarks.machine import watch
 from rich.table import Table
 
+from benchmarks import prose
+from benchmarks.machine import watch
 from pangu.errors import InputError
 
 TOOL = Path(__file__).parents[1] / "preprocess_data.py"

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import prose
 from rich.table import Table
 
+from benchmarks import prose
 from pangu.errors import InputError
 
 PEER = "jieba + SentencePiece"

@@ -3,6 +3,10 @@
     python tools/benchmark.py convert --preset 2.6B --workdir /mnt/disk
     python tools/benchmark.py convert --preset 350M --layers 4 --json
     python tools/benchmark.py generate --batch 8
+    python tools/benchmark.py tokenize --tokenizer tokenizer/ --text corpus.txt
+    python tools/benchmark.py preprocess --workers 8
+    python tools/benchmark.py data
+    python tools/benchmark.py startup
 
 prints a table, or with --json one object: `task`, `device`, `ours`, `peers`, `ratios`. A ratio above 1 means that this project is better.
 What is being done goes to standard error.
@@ -13,13 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, data, generate, preprocess, tokenize
+from benchmarks import convert, data, generate, preprocess, startup, tokenize
 from benchmarks.machine import describe
 from rich.console import Console
 
 from pangu.errors import exit_code
 
-TASKS = {"convert": convert, "generate": generate, "tokenize": tokenize, "preprocess": preprocess, "data": data}
+TASKS = {
+    "convert": convert,
+    "generate": generate,
+    "tokenize": tokenize,
+    "preprocess": preprocess,
+    "data": data,
+    "startup": startup,
+}
 """Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
 
 

@@ -1,9 +1,9 @@
 """From text to a token data set, by one process and by more.
 
 tools/preprocess_data.py turns the same file into a data set with 1, 2, 4 ... workers, up to --workers. Each run is a process of its own,
-its start and imports counted; the numbers of workers take turns, and every other turn goes backwards. Times are medians. Memory is the
-highest of all processes of a run together, in one more run each, because looking at it takes time. The data sets must be the same, byte
-for byte. The peer is one worker.
+its start and imports counted; the numbers of workers take turns, and every other turn goes backwards. Of the times of one number the least
+counts: what else the machine does can only add to them. Memory is the highest of all processes of a run together, in one more run each,
+because looking at it takes time. The data sets must be the same, byte for byte. The peer is one worker.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prose.add_arguments(parser, megabytes=60)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="the most workers (default: %(default)s, all processors)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="K", help="runs with each number of workers (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="runs with each number of workers (default: %(default)s)")
     parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="for text and data sets (default: this directory)")
 
 
@@ -94,7 +93,7 @@ def _run(corpus: Path, tokenizer: Path, output: Path, workers: int) -> float:
 
 
 def _summary(every: list[float], peak_bytes: int, text: dict[str, Any]) -> dict[str, Any]:
-    seconds = statistics.median(every)
+    seconds = min(every)
     return {
         "seconds": seconds,
         "all_seconds": every,
@@ -111,13 +110,14 @@ def table(result: dict[str, Any]) -> Table:
         title=f"{text['source']}: {text['documents']:,} documents, {text['bytes'] / 1e6:,.1f} MB\nall runs wrote the same bytes",
         caption=result["device"],
     )
-    for heading in ("workers", "seconds", "documents/s", "MB/s", "speed", "memory, MB"):
+    for heading in ("workers", "seconds", "range", "documents/s", "MB/s", "speed", "memory, MB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for workers, one in result["ours"].items():
         speed = result["ratios"].get(f"speed, {workers} workers", 1.0)
         table.add_row(
             workers,
             f"{one['seconds']:.2f}",
+            f"{min(one['all_seconds']):.2f} .. {max(one['all_seconds']):.2f}",
             f"{one['documents_per_second']:,.0f}",
             f"{one['bytes_per_second'] / 1e6:.1f}",
             f"{speed:.2f}x",

@@ -138,7 +138,7 @@ def table(result: dict[str, Any]) -> Table:
     index = result["ours"]["index"]
     table = Table(
         title=f"index of {index['documents']:,} documents: {index['seconds']:.2f} s, {index['peak_bytes'] / 1e6:,.0f} MB at most",
-        caption=f"{result['device']}; one process, samples of {result['model']['sequence']} tokens",
+        caption=f"{result['device']}; samples of {result['model']['sequence']}",
     )
     for heading in ("loading", "M tokens/s", "range"):
         table.add_column(heading, justify="left" if heading == "loading" else "right", no_wrap=True)

@@ -107,14 +107,14 @@ def table(result: dict[str, Any]) -> Table:
         + (f"NO, not in {different:,} documents" if different else "yes"),
         caption=f"{result['device']}; one process",
     )
-    for heading in ("", "characters/s", "range", "speed-up", "range"):
+    for heading in ("", "M characters/s", "range", "speed-up", "range"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, one in {"ours": result["ours"], **result["peers"]}.items():
         every, own = one["all_characters_per_second"], result["all_ratios"]["speed"] if name == "ours" else []
         table.add_row(
             name,
-            f"{one['characters_per_second']:,.0f}",
-            f"{min(every):,.0f} .. {max(every):,.0f}",
+            f"{one['characters_per_second'] / 1e6:.2f}",
+            f"{min(every) / 1e6:.2f} .. {max(every) / 1e6:.2f}",
             f"{statistics.median(own):.2f}x" if own else "",
             f"{min(own):.2f} .. {max(own):.2f}" if own else "",
         )

@@ -1,7 +1,7 @@
 """From the command to the first step of the quickstart recipe, and a checkpoint's way to the disk and back.
 
-Start: `python -m pangu.train` of ds_configs/quickstart.yaml, in a process of its own whose phases are timed where they are called. The
-peer is `python -c "import torch"`, which no program of this kind can do without.
+Start: `python -m pangu.train` of ds_configs/quickstart.yaml, in a process of its own whose phases are timed where they are called. It
+has one thread, as torchrun gives it. The peer is `python -c "import torch"`, which no program of this kind can do without.
 
 Checkpoint: training state of a model of --parameters million is saved with fsync, verified against its hashes and loaded in one process.
 The peer is copying as many bytes on the same disk, fsync included. What is read back lies in the page cache, for both.
@@ -90,7 +90,8 @@ def prepare(folder: Path) -> None:
 
 
 def _run(words: list[object]) -> str:
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{words[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')}")
     return done.stdout

@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks import prose
 from pangu.errors import InputError
 
-PEER = "jieba + SentencePiece"
+PEER = "published"
 
 Encode = Callable[[str], list[int]]
 
@@ -107,7 +107,7 @@ def table(result: dict[str, Any]) -> Table:
         + (f"NO, not in {different:,} documents" if different else "yes"),
         caption=f"{result['device']}; one process",
     )
-    for heading in ("", "M characters/s", "range", "speed-up", "range"):
+    for heading in ("", "M chars/s", "range", "speed-up", "range"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, one in {"ours": result["ours"], **result["peers"]}.items():
         every, own = one["all_characters_per_second"], result["all_ratios"]["speed"] if name == "ours" else []

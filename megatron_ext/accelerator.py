@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import register_rendezvous_handler
+from torch.profiler import ProfilerActivity
 
 from megatron_ext.topology import LayoutError, ranks_in_words
 
@@ -279,3 +280,11 @@ def synchronize() -> None:
 def max_memory_allocated() -> int:
     """Peak bytes of device memory that tensors of this process took; 0 on CPU, where nobody counts."""
     return 0 if name() == "cpu" else int(_accelerator().max_memory_allocated())
+
+
+def profiler_activities() -> list[ProfilerActivity]:
+    """What torch's profiler can record here: operators on the host, and on a CUDA device its kernels.
+
+    An NPU's kernels are seen by torch_npu's own profiler alone, which has another interface; there this records the host.
+    """
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if name() == "cuda" else [])]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -137,9 +138,26 @@ class TrainConfig(Section):
     batch, ten in a row end the run; `rollback`: return to the newest checkpoint and go on with later data; `stop`: end the run."""
     spike_factor: Annotated[float, Field(ge=0.0)] = 0.0
     """A loss above this multiple of the median of the last 100 is a spike; 0 = off."""
+    profile: str | None = None
+    """START:STOP, such as 10:13: every rank records the steps START to STOP - 1 with torch's profiler and writes them to run.dir/profile.
+    null = off."""
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps that `profile` names, counted from 1 as in metrics.jsonl."""
+        start, _, stop = (self.profile or "0:0").partition(":")
+        return range(int(start), int(stop))
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.profile is not None:
+            if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.profile) or not self.profiled_steps or not self.profiled_steps.start:
+                raise ValueError(
+                    f"train.profile = {self.profile}: START:STOP is expected, from step 1 on and START below STOP, such as 10:13, which "
+                    "records the steps 10, 11 and 12."
+                )
+            if self.profiled_steps.start > self.steps:
+                raise ValueError(f"train.profile = {self.profile} begins after the last step, train.steps = {self.steps}. Lower its START.")
         if 0.0 < self.spike_factor <= 1.0:
             raise ValueError(f"train.spike_factor = {self.spike_factor} calls half of all steps spikes. Set it above 1, or 0 = off.")
         return self

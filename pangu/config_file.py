@@ -14,7 +14,10 @@ from pangu.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, without two surprises: the last of two equal keys winning in silence, and dates (they are text here)."""
+    """YAML's safe loader, without three surprises: the last of two equal keys winning in silence, dates, and 10:30 being the number 630.
+
+    The last two are text here.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -28,8 +31,12 @@ class _Loader(yaml.SafeLoader):
     def construct_plain_text(self, node: yaml.ScalarNode) -> str:
         return node.value
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | str:
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
 
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_plain_text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -41,6 +41,7 @@ MEMO_RUNS = 1 << 16
 MEMO_CHARACTERS = 16
 
 Cut = Callable[[str], list[str]]
+CutRun = Callable[[str], Sequence[str]]
 IsWord = Callable[[str], bool]
 
 
@@ -56,7 +57,7 @@ class Segmenter:
 
     def __init__(self, *, use_rjieba: bool = True) -> None:
         self.use_rjieba = use_rjieba
-        self._loaded: tuple[Cut, Cut] | None = None
+        self._loaded: tuple[Cut, CutRun] | None = None
 
     def __reduce__(self) -> tuple[Callable[[bool], Segmenter], tuple[bool]]:
         return _new_segmenter, (self.use_rjieba,)
@@ -99,7 +100,7 @@ class Segmenter:
                 segments.append(word)
         return segments
 
-    def _load(self) -> tuple[Cut, Cut]:
+    def _load(self) -> tuple[Cut, CutRun]:
         route, is_word = _rjieba_route() if self.use_rjieba and _installed_rjieba() == VERIFIED_RJIEBA else _jieba_route()
         self._loaded = route, _run_cutter(is_word)
         return self._loaded
@@ -138,13 +139,15 @@ def _jieba_route() -> tuple[Cut, IsWord]:
     return lambda text: tokenizer.lcut(text, HMM=False), lambda word: bool(tokenizer.FREQ.get(word))
 
 
-def _run_cutter(is_word: IsWord) -> Cut:
+def _run_cutter(is_word: IsWord) -> CutRun:
     """A function that cuts what the route left as neighbouring single characters, two or more."""
     viterbi = _viterbi()
 
     def cut(run: str) -> list[str]:
         if is_word(run):
             return list(run)  # a word that the route chose to spell out
+        if min(run) >= FIRST_HAN:
+            return viterbi(run)
         words: list[str] = []
         for part in HAN_RUN.split(run):
             if part >= FIRST_HAN:
@@ -153,7 +156,10 @@ def _run_cutter(is_word: IsWord) -> Cut:
                 words.extend(word for word in LATIN_RUN.split(part) if word)
         return words
 
-    remembered = lru_cache(MEMO_RUNS)(cut)
+    @lru_cache(MEMO_RUNS)
+    def remembered(run: str) -> tuple[str, ...]:
+        return tuple(cut(run))  # unlike lists, which the garbage collector would visit again and again
+
     return lambda run: remembered(run) if len(run) <= MEMO_CHARACTERS else cut(run)
 
 
@@ -179,10 +185,12 @@ def _viterbi() -> Cut:
     e_b, e_s, s_b, s_s = transition["E"]["B"], transition["E"]["S"], transition["S"]["B"], transition["S"]["S"]
 
     def cut(han: str) -> list[str]:
+        if len(han) == 1:
+            return [han]
         emit_b, emit_m, emit_e, emit_s = emission.get(han[0], unknown)
         b, m, e, s = start_b + emit_b, start_m + emit_m, start_e + emit_e, start_s + emit_s
-        previous: list[tuple[int, int, int, int]] = []  # for each later character, the state before it for each state of it
-        for char in han[1:]:
+        previous: list[tuple[int, int, int, int]] = []  # for each character in the middle, the state before it for each state of it
+        for char in han[1:-1]:
             emit_b, emit_m, emit_e, emit_s = emission.get(char, unknown)
             b_after_e, b_after_s = e + e_b + emit_b, s + s_b + emit_b
             m_after_b, m_after_m = b + b_m + emit_m, m + m_m + emit_m
@@ -193,12 +201,21 @@ def _viterbi() -> Cut:
             e, before_e = (e_after_m, MIDDLE) if e_after_m >= e_after_b else (e_after_b, BEGIN)
             s, before_s = (s_after_s, SINGLE) if s_after_s >= s_after_e else (s_after_e, END)
             previous.append((before_b, before_m, before_e, before_s))
-        state = SINGLE if s >= e else END
-        ends = [len(han)]  # a word ends after End and after Single, and nowhere else
-        for position in range(len(han) - 1, 0, -1):
-            state = previous[position - 1][state]
+        # The last character ends a word, so Begin and Middle are not asked for. Of the most frequent runs, those of two, that is half.
+        _, _, emit_e, emit_s = emission.get(han[-1], unknown)
+        e_after_b, e_after_m = b + b_e + emit_e, m + m_e + emit_e
+        s_after_e, s_after_s = e + e_s + emit_s, s + s_s + emit_s
+        s, before_s = (s_after_s, SINGLE) if s_after_s >= s_after_e else (s_after_e, END)
+        e, before_e = (e_after_m, MIDDLE) if e_after_m >= e_after_b else (e_after_b, BEGIN)
+        state = before_s if s >= e else before_e
+        if not previous:
+            return [han[0], han[1]] if state >= END else [han]
+        ends = [len(han)]
+        for position in range(len(han) - 1, 0, -1):  # `state` is that of the character before `position`
             if state >= END:
-                ends.append(position)
+                ends.append(position)  # a word ends after End and after Single, and nowhere else
+            if position > 1:
+                state = previous[position - 2][state]
         ends.append(0)
         ends.reverse()
         return [han[start:end] for start, end in pairwise(ends)]

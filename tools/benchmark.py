@@ -4,6 +4,10 @@
     python tools/benchmark.py convert --preset 350M --layers 4 --json
     python tools/benchmark.py generate --batch 8
     python tools/benchmark.py train
+    python tools/benchmark.py tokenize --tokenizer tokenizer/ --text corpus.txt
+    python tools/benchmark.py preprocess --workers 8
+    python tools/benchmark.py data
+    python tools/benchmark.py startup
 
 prints a table, or with --json one object: `task`, `device`, `ours`, `peers`, `ratios`. A ratio above 1 means that this project is better.
 What is being done goes to standard error.
@@ -14,13 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, generate, train
+from benchmarks import convert, data, generate, preprocess, startup, tokenize, train
 from benchmarks.machine import describe
 from rich.console import Console
 
 from pangu.errors import exit_code
 
-TASKS = {"convert": convert, "generate": generate, "train": train}
+TASKS = {
+    "convert": convert,
+    "generate": generate,
+    "tokenize": tokenize,
+    "preprocess": preprocess,
+    "data": data,
+    "startup": startup,
+    "train": train,
+}
 """Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,10 @@ from pangu.data.lookahead import ordered_map
 from pangu.data.packing import PackedDataset
 from pangu.data.sampler import Sampler
 
+# What the thread is given at a time: small micro-batches together, or handing them over would take longer than reading them.
+SAMPLES_AT_ONCE = 8
 # Enough that the thread is never waited for, little enough that stopping costs nothing.
-MICRO_BATCHES_AHEAD = 4
+GROUPS_AHEAD = 4
 
 
 class Batch(NamedTuple):
@@ -75,16 +78,22 @@ def micro_batches(
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches without end, from the point where the run has consumed `consumed_samples`.
 
-    A thread reads ahead, into page-locked memory where there is a device. What it does wrong is raised here; `close()` on the generator
-    ends it. No random numbers are drawn, so whoever iterates finds torch's generators as they were.
+    A thread reads ahead, into page-locked memory where there is a device. What it does wrong is raised here, up to SAMPLES_AT_ONCE samples
+    early; `close()` on the generator ends it. No random numbers are drawn, so whoever iterates finds torch's generators as they were.
     """
 
-    def load(indices: range) -> Batch:
-        samples = np.stack([dataset[index] for index in indices])
-        return Batch(*map(accelerator.pin, collate(samples, separator_id=separator_id, pad_id=pad_id, eod_reset=eod_reset)))
+    def load(group: list[range]) -> list[Batch]:
+        samples = np.stack([dataset[index] for indices in group for index in indices])
+        whole = collate(samples, separator_id=separator_id, pad_id=pad_id, eod_reset=eod_reset)
+        parts = zip(*(accelerator.pin(tensor).split(sampler.micro_batch_size) for tensor in whole), strict=True)
+        return [Batch(*part) for part in parts]
 
+    ranges = sampler.micro_batches(consumed_samples)
+    in_group = max(1, SAMPLES_AT_ONCE // sampler.micro_batch_size)
+    groups = iter(lambda: list(islice(ranges, in_group)), [])
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="micro_batches")
     try:
-        yield from ordered_map(executor, load, sampler.micro_batches(consumed_samples), MICRO_BATCHES_AHEAD)
+        for group in ordered_map(executor, load, groups, GROUPS_AHEAD):
+            yield from group
     finally:
         executor.shutdown(cancel_futures=True)

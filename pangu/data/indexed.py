@@ -122,6 +122,15 @@ class IndexedDataset:
         start = int(self.pointers[document]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
+    def gather(self, documents: NDArray[Any], offsets: NDArray[Any], lengths: NDArray[Any]) -> NDArray[np.integer[Any]]:
+        """The ids of several pieces back to back: `lengths[i]` ids of `documents[i]` from its token `offsets[i]` on."""
+        starts = self.pointers[documents] // self.dtype.itemsize + offsets
+        if len(starts) == 1:
+            return self._tokens[starts[0] : starts[0] + lengths[0]]
+        places = (starts - lengths.cumsum() + lengths).repeat(lengths)
+        places += np.arange(len(places))
+        return self._tokens[places]
+
     def _check_manifest(self, manifest: Manifest, bin_bytes: int) -> None:
         tokens = int(self.sizes.sum(dtype=np.int64))
         compared: list[tuple[str, int | str, int | str]] = [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +76,13 @@ class PackedDataset:
         position = sample * self.seq_length - epoch * self.tokens_per_epoch
         ids = np.empty(self.seq_length + 1, np.int64)
         filled = 0
-        for document, offset, length in self._pieces(epoch, position, len(ids)):
-            ids[filled : filled + length] = self.indexed.get(document, offset, length)
+        for documents, offsets, lengths in self._pieces(epoch, position, len(ids)):
+            found = self.indexed.gather(documents, offsets, lengths)
+            ids[filled : filled + len(found)] = found
+            filled += len(found)
             # As unsigned numbers, negative ids are too large as well.
-            if ids[filled : filled + length].view(np.uint64).max() >= self.vocab_size:
-                self._refuse(document, ids[filled : filled + length])
-            filled += length
+            if ids[filled - len(found) : filled].view(np.uint64).max() >= self.vocab_size:
+                self._refuse(documents, lengths, found)
         return ids
 
     def _first_sample(self, epoch: int) -> int:
@@ -98,30 +99,33 @@ class PackedDataset:
         random.shuffle(samples)
         return _Epoch(documents, starts, samples)
 
-    def _pieces(self, epoch: int, position: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(document, offset, tokens) of the pieces that make up `length` tokens from `position` of this epoch on."""
+    def _pieces(self, epoch: int, position: int, length: int) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """Documents, offsets and tokens of the pieces that make up `length` tokens from `position` of this epoch on, some at a time."""
         while True:
             order = self._epoch(epoch)
             # side="right" steps over documents without tokens, which begin where the next one does.
-            stride = int(np.searchsorted(order.starts, position, side="right")) - 1
+            stride = int(order.starts.searchsorted(position, side="right")) - 1
             while position < self.tokens_per_epoch:
                 documents = order.documents[stride * STRIDE : (stride + 1) * STRIDE]
                 sizes = self.sizes[documents]
-                ends = order.starts[stride] + np.cumsum(sizes, dtype=np.int64)
-                for at in range(int(np.searchsorted(ends, position, side="right")), len(documents)):
-                    taken = min(length, int(ends[at]) - position)
-                    if taken:
-                        yield self.documents.start + int(documents[at]), position - int(ends[at]) + int(sizes[at]), taken
-                    position += taken
-                    length -= taken
-                    if not length:
-                        return
+                ends = sizes.cumsum(dtype=np.int64) + order.starts[stride]
+                stop = min(position + length, int(ends[-1]))
+                if stop > position:  # or else all documents of this stride are without tokens
+                    touched = slice(int(ends.searchsorted(position, side="right")), int(ends.searchsorted(stop)) + 1)
+                    begins = ends[touched] - sizes[touched]
+                    first, last = np.maximum(begins, position), np.minimum(ends[touched], stop)
+                    yield documents[touched] + self.documents.start, first - begins, last - first
+                length -= stop - position
+                position = stop
+                if not length:
+                    return
                 stride += 1
             epoch, position = epoch + 1, 0
 
-    def _refuse(self, document: int, ids: NDArray[np.int64]) -> None:
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
+    def _refuse(self, documents: NDArray[Any], lengths: NDArray[Any], ids: NDArray[Any]) -> None:
+        at = int(((ids < 0) | (ids >= self.vocab_size)).argmax())
+        document = int(documents[np.cumsum(lengths).searchsorted(at, side="right")])
         raise InputError(
-            f"{self.indexed.bin_path}: document {document:,} contains id {wrong:,}, ids below model.vocab_size = {self.vocab_size:,} "
+            f"{self.indexed.bin_path}: document {document:,} contains id {ids[at]:,}, ids below model.vocab_size = {self.vocab_size:,} "
             "expected. It was made with another tokenizer or is damaged: run tools/preprocess_data.py with this model's tokenizer."
         )

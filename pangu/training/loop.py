@@ -23,6 +23,7 @@ from pangu.training.checkpoint import CheckpointSaver, Progress, load_checkpoint
 from pangu.training.engine import StepResult, TrainingEngine
 from pangu.training.manifest import step_name
 from pangu.training.metrics import Metrics
+from pangu.training.profile import StepProfile
 from pangu.training.replicas import ReplicaCheck
 from pangu.training.report import flops_per_token
 from pangu.training.schedule import learning_rate
@@ -59,6 +60,7 @@ class TrainingLoop:
         self._saver = CheckpointSaver(engine)
         self._check = ReplicaCheck(engine) if self._config.run.consistency_every else None
         self._stragglers = StragglerReport(engine.groups)
+        self._profile = StepProfile(self._config.train.profiled_steps, self._config.run.dir / "profile", engine.groups.world.rank)
         self._peak = accelerator.peak_flops()
         self._rollbacks = 0
         """Returns to `_checkpoint`."""
@@ -72,19 +74,22 @@ class TrainingLoop:
         gc.freeze()
         self._compare_replicas()
         batches = self._watchdog.each(self._stragglers.timed(self._batches(self._training, progress.consumed_samples)))
-        while progress.step < train.steps and not stopped_by:
-            if self._step(batches) == "rollback":
-                self._roll_back()
-                continue
-            if self._validation is not None and train.eval_every and progress.step % train.eval_every == 0:
-                self._evaluate(self._validation)
-            # One rank may have been told to stop and another not yet: all go by what any of them knows.
-            stopped_by = int(all_reduce_max(torch.tensor(stop.received), self._engine.groups.world))
-            save_every = self._config.checkpoint.save_every
-            if stopped_by or progress.step == train.steps or (save_every and progress.step % save_every == 0):
-                self._save()
-            else:
-                self._saver.poll()
+        with self._profile:
+            while progress.step < train.steps and not stopped_by:
+                with self._profile.step(progress.step + 1):
+                    decision = self._step(batches)
+                if decision == "rollback":
+                    self._roll_back()
+                    continue
+                if self._validation is not None and train.eval_every and progress.step % train.eval_every == 0:
+                    self._evaluate(self._validation)
+                # One rank may have been told to stop and another not yet: all go by what any of them knows.
+                stopped_by = int(all_reduce_max(torch.tensor(stop.received), self._engine.groups.world))
+                save_every = self._config.checkpoint.save_every
+                if stopped_by or progress.step == train.steps or (save_every and progress.step % save_every == 0):
+                    self._save()
+                else:
+                    self._saver.poll()
         self._saver.finish()
         return signal.Signals(stopped_by).name if stopped_by and progress.step < train.steps else None
 

@@ -107,7 +107,7 @@ def test_copies_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     folder.mkdir()
     for name in "ab":
         (folder / name).write_bytes(name.encode() * 100)
-    assert convert._copy(folder, tmp_path / "copy") > 0
+    assert convert.copy(folder, tmp_path / "copy") > 0
     assert [path.read_bytes() for path in sorted((tmp_path / "copy").iterdir())] == [b"a" * 100, b"b" * 100]
 
 

@@ -145,7 +145,7 @@ def _measure(folder: Path, weights: Weights, repeats: int) -> tuple[dict[str, An
         for repeat in range(1, repeats + 1):
             remove(output)
             _drop_from_cache(given)
-            copied.append(_copy(given, folder / "copy"))
+            copied.append(copy(given, folder / "copy"))
             remove(folder / "copy")
             _drop_from_cache(given)
             converted.append(_run([*command, output]))
@@ -189,7 +189,7 @@ def _drop_from_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def _copy(source: Path, target: Path) -> float:
+def copy(source: Path, target: Path) -> float:
     """Copy a file, or a directory's files, through this process's memory onto the disk; in seconds.
 
     No copy inside the kernel, which file systems do without copying.

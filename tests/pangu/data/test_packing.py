@@ -129,6 +129,14 @@ def test_documents_without_tokens(tmp_path: Path) -> None:
         PackedDataset(open_documents(tmp_path / "corpus", [[], []]), range(2), seq_length=8, seed=0, vocab_size=50)
 
 
+def test_documents_without_tokens_between_others_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pangu.data.packing.STRIDE", 2)
+    documents = [[token] if token % 5 == 0 else [] for token in range(10, 40)]
+    dataset = PackedDataset(open_documents(tmp_path / "corpus", documents), range(30), seq_length=3, seed=2, vocab_size=50)
+    expected = sorted(token for document in documents for token in document)
+    assert sorted(np.concatenate([dataset[index][:3] for index in range(2)]).tolist()) == expected
+
+
 def test_index_of_five_million_documents_takes_no_loop(tmp_path: Path) -> None:
     """A loop that calls NumPy once a document takes a microsecond each; this takes about a tenth of that."""
     documents = 5_000_000

@@ -137,7 +137,7 @@ class Scorer:
 
     def _score_batch(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
         """Log-likelihood and greediness of each row (ids, index of the first scored one)."""
-        device, longest = self.model.wte.weight.device, max(len(ids) for ids, _ in rows) - 1
+        device, longest = self.model.ln_f.weight.device, max(len(ids) for ids, _ in rows) - 1
         # What follows a token does not reach it, so rows are padded on the right without a mask.
         tokens_BS = torch.tensor([[*ids[:-1], *[0] * (longest + 1 - len(ids))] for ids, _ in rows], device=device)
         position_ids_BS = torch.arange(longest, device=device).expand_as(tokens_BS)

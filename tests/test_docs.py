@@ -98,8 +98,8 @@ def test_command_lines_of_other_programs_parse(line: str, monkeypatch: pytest.Mo
     words = PROGRAMS[line]
     original = argparse.ArgumentParser.parse_args
 
-    def parse(parser: argparse.ArgumentParser) -> None:
-        original(parser)
+    def parse(parser: argparse.ArgumentParser, *words: list[str]) -> None:
+        original(parser, *words)
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)

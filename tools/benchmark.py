@@ -3,6 +3,7 @@
     python tools/benchmark.py convert --preset 2.6B --workdir /mnt/disk
     python tools/benchmark.py convert --preset 350M --layers 4 --json
     python tools/benchmark.py generate --batch 8
+    python tools/benchmark.py score
     python tools/benchmark.py train
     python tools/benchmark.py tokenize --tokenizer tokenizer/ --text corpus.txt
     python tools/benchmark.py preprocess --workers 8
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, data, generate, preprocess, startup, tokenize, train
+from benchmarks import convert, data, generate, preprocess, score, startup, tokenize, train
 from benchmarks.machine import describe
 from rich.console import Console
 
@@ -27,6 +28,7 @@ from pangu.errors import exit_code
 TASKS = {
     "convert": convert,
     "generate": generate,
+    "score": score,
     "tokenize": tokenize,
     "preprocess": preprocess,
     "data": data,

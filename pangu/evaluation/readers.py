@@ -215,7 +215,10 @@ def c3(task: Task, path: Path) -> Iterator[Example]:
 
 
 def wplc(task: Task, path: Path) -> Iterator[Example]:
-    """WPLC: one object a line with `masked_text`, which has one <mask>, and `correct_word`. What follows the mask is not looked at."""
+    """WPLC: one object a line with `correct_word` and `masked_text`, where a <mask> stands for each of the word's characters.
+
+    What follows the masks is not looked at.
+    """
     for number, line in enumerate(read_json_lines(path)):
         before, mask, _ = line["masked_text"].text().partition("<mask>")
         if not mask:

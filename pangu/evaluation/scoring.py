@@ -28,8 +28,10 @@ from pangu.model.model import PanguModel
 
 BATCH_TOKENS = 8192
 """Of a batch, padding included, where a single text is not longer. Bounds the memory of activations."""
-CHUNK_TOKENS = 1024
-"""Whose logits are computed at once: 160 MB in fp32 with 40,000 ids."""
+CPU_BATCH_TOKENS = 2048
+"""On a CPU, which gains nothing from larger batches and whose caches hold the activations of smaller ones."""
+CHUNKS = 8
+"""Logits are computed for so many parts of a batch one after the other: 160 MB of them in fp32 with 40,000 ids, 40 MB on a CPU."""
 
 
 class Encoder(Protocol):
@@ -100,11 +102,13 @@ class Scorer:
         model: the whole model, or this rank's slice of it, in evaluation mode. The ranks of a tensor-parallel group must be given the same
             spans, and all get the same scores.
         tokenizer: the model's.
+        batch_tokens: of a batch, padding included, where a single text is not longer; None: what suits the device.
     """
 
-    def __init__(self, model: PanguModel, tokenizer: Encoder) -> None:
+    def __init__(self, model: PanguModel, tokenizer: Encoder, batch_tokens: int | None = None) -> None:
         assert not model.context.sequence_parallel, "spans of any length cannot be split along the sequence"
         self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.ln_f.weight.device.type == "cpu" else BATCH_TOKENS)
 
     def span(self, context: str, continuation: str) -> Span:
         """The continuation, to be scored given the context. Without context it begins a document, given the separator."""
@@ -127,7 +131,7 @@ class Scorer:
         # Longest first: what does not fit into memory fails at once.
         passes.sort(key=lambda item: item[1].begin - item[1].end)
         sums, greedy = [0.0] * len(spans), [True] * len(spans)
-        for batch in _batches(passes):
+        for batch in batches(passes, self.batch_tokens):
             rows = [(spans[index].ids[piece.begin : piece.end], piece.first - piece.begin) for index, piece in batch]
             for (index, _), (log_likelihood, is_greedy) in zip(batch, self._score_batch(rows), strict=True):
                 sums[index] += log_likelihood
@@ -137,7 +141,7 @@ class Scorer:
 
     def _score_batch(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
         """Log-likelihood and greediness of each row (ids, index of the first scored one)."""
-        device, longest = self.model.wte.weight.device, max(len(ids) for ids, _ in rows) - 1
+        device, longest = self.model.ln_f.weight.device, max(len(ids) for ids, _ in rows) - 1
         # What follows a token does not reach it, so rows are padded on the right without a mask.
         tokens_BS = torch.tensor([[*ids[:-1], *[0] * (longest + 1 - len(ids))] for ids, _ in rows], device=device)
         position_ids_BS = torch.arange(longest, device=device).expand_as(tokens_BS)
@@ -145,7 +149,8 @@ class Scorer:
         scored_NH = torch.cat([hidden_BSH[row, first - 1 : len(ids) - 1] for row, (ids, first) in enumerate(rows)])
         labels_N = torch.tensor([token_id for ids, first in rows for token_id in ids[first:]], device=device)
         losses, hits = [], []
-        for some_NH, some_N in zip(scored_NH.split(CHUNK_TOKENS), labels_N.split(CHUNK_TOKENS), strict=True):
+        chunk = max(1, self.batch_tokens // CHUNKS)
+        for some_NH, some_N in zip(scored_NH.split(chunk), labels_N.split(chunk), strict=True):
             loss_N, best_N = self._losses(some_NH, some_N)
             losses.append(loss_N)
             hits.append(best_N == some_N)
@@ -165,11 +170,11 @@ class Scorer:
         return loss_N, ids_TN.gather(0, best_TN.argmax(dim=0, keepdim=True)).squeeze(0)
 
 
-def _batches(passes: Sequence[tuple[int, Window]]) -> Iterator[Sequence[tuple[int, Window]]]:
-    """Cut passes, longest first, into batches of `BATCH_TOKENS` at most, padding included."""
+def batches(passes: Sequence[tuple[int, Window]], batch_tokens: int) -> Iterator[Sequence[tuple[int, Window]]]:
+    """Cut passes, longest first, into batches of `batch_tokens` at most, padding included."""
     begin = 0
     while begin < len(passes):
         _, longest = passes[begin]
-        end = begin + max(1, BATCH_TOKENS // (longest.end - longest.begin))
+        end = begin + max(1, batch_tokens // (longest.end - longest.begin))
         yield passes[begin:end]
         begin = end

@@ -5,7 +5,11 @@ Shapes: B rows, S positions, I input features, O output features (or vocabulary)
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -18,21 +22,76 @@ cut what exceeds those without a word. 2 · 255 · 63 fits, so that every proces
 
 
 def arrange_for_cpu(model: PanguModel) -> None:
-    """Lay the matrices out in memory as [in, out], which BLAS multiplies a few rows with faster. Shapes and values stay."""
+    """Lay the matrices out in memory as a CPU multiplies a few rows with them fastest, in place; the numbers stay what they are.
+
+    A whole model in fp32 on an x86 processor has them packed for oneDNN: it can then no longer be trained or saved. Otherwise they lie as
+    [in, out], which BLAS reads faster.
+    """
+    if model.context.tensor.size == 1 and can_pack() and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        _replace(model, PackedLinear, PackedEmbedding)
+        return
     for module in model.modules():
         if isinstance(module, (*Linear, VocabParallelEmbedding)):
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
+def can_pack() -> bool:
+    """Whether this torch can multiply with packed weights, and the processor is of the kind where that was measured to be faster."""
+    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+
+
 def quantize(model: PanguModel) -> None:
     """Replace the linear layers and the word embedding by 8-bit ones, in place. The model can then no longer be trained or saved."""
     assert model.context.tensor.size == 1, "a rank's scales would be those of its slice"
+    _replace(model, Int8Linear, Int8Embedding)
+
+
+def _replace(model: PanguModel, linear: Callable[[Tensor, Tensor], nn.Module], embedding: Callable[[Tensor], nn.Module]) -> None:
+    """Put other modules in the place of the linear layers and of the word embedding; they are made of the weights and biases."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
-                setattr(module, name, Int8Linear(child.weight, child.bias))
+                setattr(module, name, linear(child.weight, child.bias))
             elif isinstance(child, VocabParallelEmbedding):
-                setattr(module, name, Int8Embedding(child.weight))
+                setattr(module, name, embedding(child.weight))
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b in fp32, W packed in the blocks that oneDNN reads it in. torch's own BLAS packs none, or anew at each call.
+
+    What a row of x gives does not depend on the rows beside it.
+    """
+
+    packed_OI: Tensor
+    """Opaque: its memory cannot be looked at."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        # Without the number of rows as a hint: blocks chosen for one row are read more slowly, even with one.
+        packed_OI = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), None)
+        self.register_buffer("packed_OI", packed_OI, persistent=False)
+        self.bias = bias_O
+
+    def forward(self, x_BSI: Tensor) -> Tensor:
+        """Apply the layer."""
+        return torch.ops.mkldnn._linear_pointwise(x_BSI, self.packed_OI, self.bias, "none", [], "")
+
+
+class PackedEmbedding(nn.Module):
+    """A table of V rows that is looked up, and the output layer that is tied to it, for which the table is held once more, packed."""
+
+    def __init__(self, weight_VH: Tensor) -> None:
+        super().__init__()
+        self.weight = weight_VH
+        self.output = PackedLinear(weight_VH, None)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Look ids up: ids_BS int64 -> x_BSH."""
+        return F.embedding(ids_BS, self.weight)
+
+    def logits(self, x_BSH: Tensor) -> Tensor:
+        """Scores of all ids: x_BSH -> [B, S, V]."""
+        return self.output(x_BSH)
 
 
 class Int8Matrix(nn.Module):

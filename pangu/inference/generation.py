@@ -10,7 +10,6 @@ Shapes: B prompts, S columns computed at once, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_ext import accelerator
 from megatron_ext.collectives import broadcast
 from megatron_ext.random import derive_seed
 from pangu.errors import InputError
-from pangu.inference.cpu_weights import arrange_for_cpu, quantize
 from pangu.inference.kv_cache import make_caches
 from pangu.inference.loading import load
 from pangu.inference.sampling import Penalties, Sampling, sample
@@ -107,21 +104,13 @@ class TextGenerator:
 
         Args:
             path: the weights (see `pangu.inference.loading`).
-            int8: compute with 8-bit weights: several times faster, a little less exact; one process on a CPU (`quantize`).
+            int8: compute with 8-bit weights; one process on a CPU.
 
         Raises:
             InputError: if the weights or their tokenizer are not usable, the processes do not divide the model's heads, or `int8` is
                 asked of an accelerator or of several processes.
         """
-        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if int8 and (num_ranks > 1 or accelerator.device().type != "cpu"):
-            place = f"{num_ranks} processes" if num_ranks > 1 else accelerator.device().type
-            raise InputError(f"int8 works in one process on a CPU; found {place}. Leave it out, or start one process without accelerators.")
-        loaded = load(Path(path))
-        if int8:
-            quantize(loaded.model)
-        elif accelerator.device().type == "cpu":
-            arrange_for_cpu(loaded.model)
+        loaded = load(Path(path), int8=int8)
         return cls(loaded.model, loaded.tokenizer)
 
     def generate(
@@ -224,8 +213,8 @@ class TextGenerator:
         pad_id = self.model.config.pad_id
         tokens_BS = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in encoded], device=device)
         position_ids_BS = (torch.arange(longest) - padding_B.unsqueeze(-1)).clamp(min=0).to(device)
-        next_logits = self._next_logits(tokens_BS, position_ids_BS, caches)
-        logits_BV, log_sum_B1 = (x.repeat_interleave(num_samples, dim=0) for x in next_logits)
+        next_scores = self._next_scores(tokens_BS, position_ids_BS, caches)
+        logits_BV, logprobs_BV = (x.repeat_interleave(num_samples, dim=0) for x in next_scores)
         if num_samples > 1:
             for cache in caches:
                 cache.repeat(num_samples)
@@ -239,25 +228,24 @@ class TextGenerator:
             chosen_B = broadcast(sample(weighed_BV, sampling, generators), group, source=0)
             if penalties:
                 penalties.add(chosen_B)
-            logprobs_B1 = logits_BV.gather(-1, chosen_B.unsqueeze(-1)).float() - log_sum_B1
-            yield chosen_B.tolist(), logprobs_B1.squeeze(-1).tolist()
+            yield chosen_B.tolist(), logprobs_BV.gather(-1, chosen_B.unsqueeze(-1)).squeeze(-1).tolist()
             if left:
                 next_position_B1 = (next_position_B1 + 1).clamp(max=last_position)
-                logits_BV, log_sum_B1 = self._next_logits(chosen_B.unsqueeze(-1), next_position_B1, caches)
+                logits_BV, logprobs_BV = self._next_scores(chosen_B.unsqueeze(-1), next_position_B1, caches)
 
-    def _next_logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> tuple[Tensor, Tensor]:
-        """Logits of the token after the last column: [B, V], V being the tokenizer's ids, equal on every rank.
+    def _next_scores(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> tuple[Tensor, Tensor]:
+        """Logits of the token after the last column and, in fp32, log-probabilities: [B, V], V being the tokenizer's ids.
 
-        Also the logarithm of the sum of their exponentials, [B, 1] in fp32.
+        Equal on every rank.
         """
         last_B1H = self.model.hidden(tokens_BS, position_ids_BS, caches, last_only=True)
         logits_BV = gather_logits(
             self.model.wte.logits(last_B1H), vocab_size=self.tokenizer.vocab_size, group=self.model.context.tensor
         ).squeeze(1)
-        log_sum_B1 = logits_BV.float().logsumexp(dim=-1, keepdim=True)
-        if log_sum_B1.isnan().any():
+        logprobs_BV = logits_BV.log_softmax(dim=-1, dtype=torch.float32)
+        if logprobs_BV[:, 0].isnan().any():  # one score that is not a number, or is infinite, leaves no other in its row
             raise InputError(
                 f"the model's scores are not numbers (computed in {logits_BV.dtype}): the weights are damaged, or too large for this "
                 "dtype. Convert them with tools/convert_checkpoint.py --dtype bf16 or fp32, or fetch them again."
             )
-        return logits_BV, log_sum_B1
+        return logits_BV, logprobs_BV

@@ -13,6 +13,7 @@ from megatron_ext.context import ParallelContext
 from megatron_ext.topology import Groups, Topology
 from pangu.conversion.formats import open_weights
 from pangu.errors import InputError
+from pangu.inference.cpu_weights import arrange_for_cpu, quantize
 from pangu.model.model import PanguModel
 from pangu.tokenizer import PanguTokenizer
 
@@ -30,23 +31,28 @@ class Loaded:
     """Ranks of a tensor-parallel group share one copy of the model; each data-parallel rank has a copy of its own."""
 
 
-def load(path: Path, tensor_parallel: int | None = None) -> Loaded:
-    """Read the weights. They keep their dtype on an accelerator and become fp32 on a CPU, where 16 bits are slow.
+def load(path: Path, tensor_parallel: int | None = None, *, int8: bool = False) -> Loaded:
+    """Read the weights. They keep their dtype on an accelerator; for a CPU, where 16 bits are slow, they become fp32 and are laid out.
 
     Args:
         path: weights of any format with the `vocab.model` beside them.
         tensor_parallel: processes that share a copy of the model; None: all.
+        int8: compute with 8-bit weights: a little less exact; one process a copy, on a CPU (`quantize`).
 
     Raises:
-        InputError: if the weights or their tokenizer are not usable, or the heads do not divide.
+        InputError: if the weights or their tokenizer are not usable, the heads do not divide, or `int8` is asked of an accelerator or of
+            several processes.
         LayoutError: if the processes are no multiple of `tensor_parallel`.
     """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    tensor_parallel = num_ranks if tensor_parallel is None else tensor_parallel
+    if int8 and (tensor_parallel > 1 or accelerator.device().type != "cpu"):
+        place = f"{tensor_parallel} processes" if tensor_parallel > 1 else accelerator.device().type
+        raise InputError(f"int8 works in one process on a CPU; found {place}. Leave it out, or start one process without accelerators.")
     weights = open_weights(path)
     if weights.tokenizer is None:
         raise InputError(f"{path}: no vocab.model lies beside the weights. Put the one there that the model was trained with.")
     tokenizer = PanguTokenizer(weights.tokenizer)
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    tensor_parallel = num_ranks if tensor_parallel is None else tensor_parallel
     if tensor_parallel < 1 or weights.config.num_heads % tensor_parallel:
         raise InputError(
             f"{tensor_parallel} processes do not divide the {weights.config.num_heads} attention heads of {path}. "
@@ -61,4 +67,9 @@ def load(path: Path, tensor_parallel: int | None = None) -> Loaded:
     device = accelerator.device()
     dtype = torch.float32 if device.type == "cpu" or weights.dtype == torch.float64 else weights.dtype
     context = ParallelContext(tensor=groups.tensor, device=device, dtype=dtype, fill=weights.fill)
-    return Loaded(PanguModel(weights.config, context), tokenizer, groups)
+    model = PanguModel(weights.config, context).eval()
+    if int8:
+        quantize(model)
+    elif device.type == "cpu":
+        arrange_for_cpu(model)
+    return Loaded(model, tokenizer, groups)

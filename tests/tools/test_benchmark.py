@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from small_model import write_model
 
 from pangu.config import ModelConfig
 from pangu.errors import InputError
+from pangu.evaluation.scoring import Span
 from pangu.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from benchmarks import convert, generate, machine, train, turns  # noqa: E402  (the line above makes it importable)
+from benchmarks import convert, generate, machine, score, train, turns  # noqa: E402  (the line above makes it importable)
 
 STEPS = ["mindspore -> huggingface", "huggingface -> megatron", "megatron -> mindspore"]
 
@@ -142,6 +144,35 @@ def test_a_peer_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -
         generate.measure(argparse.Namespace(**{**vars(options), "new": 0}))
     with pytest.raises(InputError, match="--cpu-time --threads 2"):
         generate.measure(argparse.Namespace(**{**vars(options), "cpu_time": True, "threads": 2}))
+
+
+def test_scoring_is_measured_in_turns_next_to_gpt2() -> None:
+    sizes = {"texts": 5, "length": 20, "suffix": 3, "batch_tokens": 40, "layers": 2, "hidden": 32, "heads": 2, "vocab": 100, "repeats": 3}
+    options = argparse.Namespace(**sizes, threads=None, cpu_time=False)
+    result = {**score.measure(options), "device": "a CPU"}
+    assert 0 <= result["largest_difference"] < 1e-3
+    assert list(result["ours"]) == ["suffix", "full"]
+    for name, own in result["ours"].items():
+        peer = result["peers"][f"GPT-2, {name}"]["all_tokens_per_second"]
+        ratios = sorted(one / other for one, other in zip(own["all_tokens_per_second"], peer, strict=True))
+        assert result["ratios"][f"speed, {name}"] == ratios[1] > 0
+    console = Console(width=80, record=True)
+    console.print(score.table(result))
+    assert f"{result['ratios']['speed, full']:.2f}x" in console.export_text()
+    for changed, message in (({"suffix": 10}, "--suffix 10"), ({"batch_tokens": 0}, "--batch-tokens 0")):
+        with pytest.raises(InputError, match=message):
+            score.measure(argparse.Namespace(**vars(options) | changed))
+
+
+def test_a_peer_s_scores_are_those_of_each_text_by_itself() -> None:
+    config = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, vocab_size=100, max_positions=20)
+    peer, random = turns.gpt2(config), torch.Generator().manual_seed(1)
+    spans = [Span(torch.randint(0, 100, (length,), generator=random).tolist(), start) for length, start in ((9, 1), (20, 13), (2, 1))]
+    for span, found in zip(spans, score.peer_scores(peer, spans, batch_tokens=40), strict=True):
+        with torch.inference_mode():
+            losses = F.cross_entropy(peer(torch.tensor([span.ids])).logits[0, :-1], torch.tensor(span.ids[1:]), reduction="none")
+        assert found.log_likelihood == pytest.approx(-float(losses[span.start - 1 :].sum()), abs=1e-3)
+        assert found.num_tokens == len(span.ids) - span.start
 
 
 def test_exactness_of_8_bit_weights(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Both have random weights in fp32, the same prompts, as many threads, and a cache of keys and values; this project decodes once more with
 8-bit weights (`pangu.generate --int8`). After one run each to warm up, the three take turns, and each turn's speed is divided by GPT-2's
 in the same turn, so that what else the machine does bears on all alike. Numbers are medians over the turns, ranges their least and
-greatest. Whether the ids that fp32 decodes are those of computing everything again for each token is said too. On a machine with other
+greatest. Whether the ids that fp32 decodes are those of computing everything again for each token,
+with weights as they come, is said too. On a machine with other
 work, --cpu-time takes one thread and its processor time, which others disturb less.
 
 With --weights and --text it says how exact the 8-bit weights are instead: the perplexity of the text's lines, each a document, with fp32
@@ -14,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from benchmarks.turns import summary, take_turns
+from benchmarks import turns
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,26 +29,17 @@ if TYPE_CHECKING:
     from pangu.inference.generation import TextGenerator
     from pangu.model.model import PanguModel
 
-PEER = "transformers GPT-2"
-COUNTS = {"batch": 1, "prompt": 64, "new": 128, "layers": 10, "hidden": 384, "heads": 6, "vocab": 40000, "repeats": 5}
+COUNTS = {
+    "batch": (1, "prompts computed at once"),
+    "prompt": (64, "tokens of each prompt"),
+    "new": (128, "tokens to generate"),
+    **turns.COUNTS,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    meanings = {
-        "batch": "prompts computed at once",
-        "prompt": "tokens of each prompt",
-        "new": "tokens to generate",
-        "layers": "of the model, query layer included",
-        "hidden": "its width",
-        "heads": "its attention heads",
-        "vocab": "its ids",
-        "repeats": "turns of each",
-    }
-    for name, default in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meanings[name]} (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core that this process may use")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of time on the wall")
+    turns.add_counts(parser, COUNTS)
     parser.add_argument("--weights", type=Path, metavar="DIR", help="trained weights with their vocab.model; needs --text")
     parser.add_argument("--text", type=Path, metavar="FILE", help="what they read, in UTF-8; needs --weights")
 
@@ -64,69 +54,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--weights and --text go together. Give both to measure exactness, or neither to measure speed.")
     if arguments.weights:
         return exactness(arguments.weights, arguments.text)
-    for name in (*COUNTS, "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: expected 1 or more.")
+    model = turns.settings(arguments, COUNTS)
 
     import torch
 
-    from pangu.config import ModelConfig
     from pangu.inference.cpu_weights import arrange_for_cpu, quantize
 
-    if arguments.cpu_time and arguments.threads not in (None, 1):
-        raise InputError(f"--cpu-time --threads {arguments.threads}: threads that wait for each other use processor time. Take one.")
-    if arguments.threads or arguments.cpu_time:
-        torch.set_num_threads(arguments.threads or 1)
-    config = ModelConfig(
-        num_layers=arguments.layers,
-        hidden_size=arguments.hidden,
-        num_heads=arguments.heads,
-        vocab_size=arguments.vocab,
-        max_positions=arguments.prompt + arguments.new,
-    )
+    config = turns.model_config(arguments, arguments.prompt + arguments.new)
     shape = (arguments.batch, arguments.prompt)
     prompts = torch.randint(10, arguments.vocab, shape, generator=torch.Generator().manual_seed(1)).tolist()
-    ours, int8 = generator(config, arrange_for_cpu), generator(config, quantize)
-    runs = {"fp32": _decoder(ours, prompts, arguments.new), "int8": _decoder(int8, prompts, arguments.new)}
-    runs[PEER] = _peer(config, prompts, arguments.new)
-    same = runs["fp32"]() == recomputed(ours.model, prompts, arguments.new)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    speeds = take_turns(runs, arguments.repeats, arguments.batch * arguments.new, clock)
-    ratios = {name: [own / peer for own, peer in zip(speeds[name], speeds[PEER], strict=True)] for name in speeds if name != PEER}
-    return {
-        "model": {
-            **{name: getattr(arguments, name) for name in COUNTS},
-            "threads": torch.get_num_threads(),
-            "clock": "processor" if arguments.cpu_time else "wall",
-        },
-        "same_ids_as_recomputation": same,
-        "ours": {name: summary(speeds[name]) for name in ratios},
-        "peers": {PEER: summary(speeds[PEER])},
-        "ratios": {f"speed, {name}": statistics.median(values) for name, values in ratios.items()},
-        "all_ratios": {f"speed, {name}": values for name, values in ratios.items()},
+    runs = {
+        name: _decoder(turns.id_generator(turns.random_model(config, prepare)), prompts, arguments.new)
+        for name, prepare in (("fp32", arrange_for_cpu), ("int8", quantize))
     }
-
-
-def generator(config: ModelConfig, prepare: Callable[[PanguModel], None]) -> TextGenerator:
-    """A generator of random weights whose prompts are lists of ids."""
-    from megatron_ext.context import ParallelContext
-    from megatron_ext.initialize import random_weights
-    from pangu.inference.generation import TextGenerator
-    from pangu.model.model import PanguModel
-
-    class Ids:
-        path, vocab_size = Path("ids"), config.vocab_size
-
-        def encode(self, ids: list[int]) -> list[int]:
-            return ids
-
-        def decode(self, ids: list[int]) -> str:
-            return ""
-
-    model = PanguModel(config, ParallelContext(fill=random_weights(1))).eval()
-    prepare(model)
-    return TextGenerator(model, Ids())  # type: ignore[arg-type]
+    runs[turns.PEER] = _peer(config, prompts, arguments.new)
+    same = runs["fp32"]() == recomputed(turns.random_model(config), prompts, arguments.new)
+    peers = {"fp32": turns.PEER, "int8": turns.PEER}
+    return {
+        "model": model,
+        "same_ids_as_recomputation": same,
+        **turns.compare(runs, peers, arguments.batch * arguments.new, arguments),
+    }
 
 
 def _decoder(own: TextGenerator, prompts: list[list[int]], num_new: int) -> Callable[[], list[list[int]]]:
@@ -136,21 +84,7 @@ def _decoder(own: TextGenerator, prompts: list[list[int]], num_new: int) -> Call
 def _peer(config: ModelConfig, prompts: list[list[int]], num_new: int) -> Callable[[], list[list[int]]]:
     import torch
 
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("transformers is not installed, and this task compares with it. Install it: pip install transformers.") from None
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.max_positions,
-            n_embd=config.hidden_size,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            bos_token_id=9,
-            eos_token_id=9,
-        )
-    ).eval()
+    model = turns.gpt2(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, config.pad_id
     tokens = torch.tensor(prompts)
 
@@ -213,25 +147,13 @@ def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each way to decode."""
     if not result["peers"]:
         return _exactness_table(result)
-    model, ratios = result["model"], result["all_ratios"]
-    table = Table(
-        title=f"greedy, batch {model['batch']}, prompt {model['prompt']} + {model['new']} new; {model['layers']} layers, hidden "
+    model = result["model"]
+    return turns.speed_table(
+        result,
+        f"greedy, batch {model['batch']}, prompt {model['prompt']} + {model['new']} new; {model['layers']} layers, hidden "
         f"{model['hidden']}, vocabulary {model['vocab']}\nfp32 ids equal recomputation without a cache: "
         + ("yes" if result["same_ids_as_recomputation"] else "NO"),
-        caption=f"{result['device']}; {model['threads']} threads, {model['clock']} time",
     )
-    for heading in ("", "tokens/s", "range", "speed-up", "range"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, one in {**result["ours"], **result["peers"]}.items():
-        every, own = one["all_tokens_per_second"], ratios.get(f"speed, {name}")
-        table.add_row(
-            name,
-            f"{one['tokens_per_second']:.1f}",
-            f"{min(every):.1f} .. {max(every):.1f}",
-            f"{statistics.median(own):.2f}x" if own else "",
-            f"{min(own):.2f} .. {max(own):.2f}" if own else "",
-        )
-    return table
 
 
 def _exactness_table(result: dict[str, Any]) -> Table:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from benchmarks.machine import watch
-from benchmarks.turns import summary, take_turns
+from benchmarks.turns import take_turns
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         speeds = _measure_turns(arguments, result)
         peak, flops = accelerator.peak_flops(), flops_per_token(settings(arguments, 0))
         for name, values in speeds.items():
-            sides[name] |= summary(values)
+            sides[name] |= {"tokens_per_second": statistics.median(values), "all_tokens_per_second": values}
             if peak and arguments.precision == "bf16":
                 sides[name]["mfu"] = statistics.median(values) * flops / peak
     return result

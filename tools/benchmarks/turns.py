@@ -1,11 +1,123 @@
-"""Programs that do the same job take turns in one process, so that what else the machine does bears on all alike."""
+"""Turns with transformers' GPT-2 of equal shape: what the benchmarks of generation and of scoring share."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from pangu.errors import InputError
+
+if TYPE_CHECKING:
+    from pangu.config import ModelConfig
+    from pangu.inference.generation import TextGenerator
+    from pangu.model.model import PanguModel
+
+PEER = "transformers GPT-2"
+COUNTS = {
+    "layers": (10, "of the model, query layer included"),
+    "hidden": (384, "its width"),
+    "heads": (6, "its attention heads"),
+    "vocab": (40000, "its ids"),
+    "repeats": (5, "turns of each"),
+}
+
+
+def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, str]]) -> None:
+    """Options that are whole numbers, given with their default and meaning, and how the time is taken."""
+    for name, (default, meaning) in counts.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=f"{meaning} (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core that this process may use")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of time on the wall")
+
+
+def settings(arguments: argparse.Namespace, counts: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+    """Set the number of threads; give what is measured, for the result.
+
+    Raises:
+        InputError: if a count is impossible.
+    """
+    import torch
+
+    for name in (*counts, "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected 1 or more.")
+    if arguments.cpu_time and arguments.threads not in (None, 1):
+        raise InputError(f"--cpu-time --threads {arguments.threads}: threads that wait for each other use processor time. Take one.")
+    if arguments.threads or arguments.cpu_time:
+        torch.set_num_threads(arguments.threads or 1)
+    values = {name: getattr(arguments, name) for name in counts}
+    return {**values, "threads": torch.get_num_threads(), "clock": "processor" if arguments.cpu_time else "wall"}
+
+
+def model_config(arguments: argparse.Namespace, max_positions: int) -> ModelConfig:
+    """The shape that the options ask for."""
+    from pangu.config import ModelConfig
+
+    return ModelConfig(
+        num_layers=arguments.layers,
+        hidden_size=arguments.hidden,
+        num_heads=arguments.heads,
+        vocab_size=arguments.vocab,
+        max_positions=max_positions,
+    )
+
+
+def random_model(config: ModelConfig, prepare: Callable[[PanguModel], None] = lambda model: None) -> PanguModel:
+    """A model of random weights, the same every time."""
+    from megatron_ext.context import ParallelContext
+    from megatron_ext.initialize import random_weights
+    from pangu.model.model import PanguModel
+
+    model = PanguModel(config, ParallelContext(fill=random_weights(1))).eval()
+    prepare(model)
+    return model
+
+
+def id_generator(model: PanguModel) -> TextGenerator:
+    """A generator whose prompts are lists of ids."""
+    from pangu.inference.generation import TextGenerator
+
+    class Ids:
+        path, vocab_size = Path("ids"), model.config.vocab_size
+
+        def encode(self, ids: list[int]) -> list[int]:
+            return ids
+
+        def decode(self, ids: list[int]) -> str:
+            return ""
+
+    return TextGenerator(model, Ids())  # type: ignore[arg-type]
+
+
+def gpt2(config: ModelConfig) -> Any:
+    """The peer, with random weights.
+
+    Raises:
+        InputError: if transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("transformers is not installed, and this task compares with it. Install it: pip install transformers.") from None
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.max_positions,
+            n_embd=config.hidden_size,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            bos_token_id=9,
+            eos_token_id=9,
+        )
+    ).eval()
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], repeats: int, num_tokens: int, clock: Callable[[], float]) -> dict[str, list[float]]:
@@ -22,6 +134,39 @@ def take_turns(runs: dict[str, Callable[[], Any]], repeats: int, num_tokens: int
     return speeds
 
 
-def summary(speeds: list[float]) -> dict[str, Any]:
-    """The median speed and all of them."""
-    return {"tokens_per_second": statistics.median(speeds), "all_tokens_per_second": speeds}
+def compare(runs: dict[str, Callable[[], Any]], peers: Mapping[str, str], num_tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Let them take turns; give `ours`, `peers`, `ratios` and `all_ratios`.
+
+    Args:
+        runs: what to measure, by name.
+        peers: the name of its peer for each of ours; a peer may serve several.
+        num_tokens: of each run.
+        arguments: how often, by which clock.
+    """
+    speeds = take_turns(runs, arguments.repeats, num_tokens, time.process_time if arguments.cpu_time else time.perf_counter)
+    ratios = {name: [one / other for one, other in zip(speeds[name], speeds[peer], strict=True)] for name, peer in peers.items()}
+    summaries = {name: {"tokens_per_second": statistics.median(every), "all_tokens_per_second": every} for name, every in speeds.items()}
+    return {
+        "ours": {name: summaries[name] for name in peers},
+        "peers": {name: summaries[name] for name in speeds if name not in peers},
+        "ratios": {f"speed, {name}": statistics.median(values) for name, values in ratios.items()},
+        "all_ratios": {f"speed, {name}": values for name, values in ratios.items()},
+    }
+
+
+def speed_table(result: dict[str, Any], title: str) -> Table:
+    """Speeds and speed-ups for people: a row for each way."""
+    model, ratios = result["model"], result["all_ratios"]
+    table = Table(title=title, caption=f"{result['device']}; {model['threads']} threads, {model['clock']} time")
+    for heading in ("", "tokens/s", "range", "speed-up", "range"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, one in {**result["ours"], **result["peers"]}.items():
+        every, own = one["all_tokens_per_second"], ratios.get(f"speed, {name}")
+        table.add_row(
+            name,
+            f"{one['tokens_per_second']:.1f}",
+            f"{min(every):.1f} .. {max(every):.1f}",
+            f"{statistics.median(own):.2f}x" if own else "",
+            f"{min(own):.2f} .. {max(own):.2f}" if own else "",
+        )
+    return table

@@ -53,14 +53,12 @@ def test_windows_score_each_token_once_and_look_far_back(max_positions: int) -> 
 
 
 @torch.inference_mode()
-def test_scores_are_those_of_one_token_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_one_token_at_a_time() -> None:
     model = small_model()
     expected = [token_by_token(model, span) for span in spans()]
-    for batch_tokens, chunk in ((8192, 1024), (1, 1024), (50, 3)):
-        monkeypatch.setattr("pangu.evaluation.scoring.BATCH_TOKENS", batch_tokens)
-        monkeypatch.setattr("pangu.evaluation.scoring.CHUNK_TOKENS", chunk)
+    for batch_tokens in (None, 1, 50):
         advanced: list[int] = []
-        for score, right in zip(Scorer(model, NumberTokenizer()).score(spans(), advanced.append), expected, strict=True):
+        for score, right in zip(Scorer(model, NumberTokenizer(), batch_tokens).score(spans(), advanced.append), expected, strict=True):
             assert score.log_likelihood == pytest.approx(right.log_likelihood, abs=1e-3)
             assert (score.num_tokens, score.is_greedy) == (right.num_tokens, right.is_greedy)
         assert sum(advanced) == sum(len(span.ids) - span.start for span in spans())

@@ -13,21 +13,62 @@ import torch
 from small_model import TOKENIZER_VOCAB, WINDOW, NumberTokenizer, small_model
 
 from megatron_ext import accelerator
+from megatron_ext.topology import Group
 from pangu.errors import InputError
-from pangu.inference.cpu_weights import Int8Embedding, Int8Matrix, arrange_for_cpu, quantize
+from pangu.inference import cpu_weights
+from pangu.inference.cpu_weights import Int8Embedding, Int8Matrix, PackedEmbedding, PackedLinear, quantize
 from pangu.inference.generation import TextGenerator
 
 TOKENS = torch.randint(0, TOKENIZER_VOCAB, (4, WINDOW), generator=torch.Generator().manual_seed(1))
 POSITIONS = torch.arange(WINDOW).expand(4, -1)
 
 
-def test_arranged_weights_are_the_same() -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_arranged_weights_are_the_same(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packs:
+        monkeypatch.setattr(cpu_weights, "can_pack", lambda: False)
+    elif not cpu_weights.can_pack():
+        pytest.skip("this torch or this processor packs no weights")
     plain, arranged = small_model(), small_model()
-    arrange_for_cpu(arranged)
-    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), arranged.parameters(), strict=True))
-    assert arranged.blocks[0].mlp.c_fc.weight.stride() == (1, 128)
+    cpu_weights.arrange_for_cpu(arranged)
+    if packs:
+        assert isinstance(arranged.wte, PackedEmbedding)
+        assert all(isinstance(module, PackedLinear) for name, module in arranged.named_modules() if name.endswith(("_proj", "c_fc")))
+        assert torch.equal(arranged.wte(TOKENS), plain.wte(TOKENS))
+    else:
+        assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), arranged.parameters(), strict=True))
+        assert arranged.blocks[0].mlp.c_fc.weight.stride() == (1, 128)
     with torch.inference_mode():
         assert (plain.logits(TOKENS, POSITIONS) - arranged.logits(TOKENS, POSITIONS)).abs().max() < 5e-5
+
+
+@pytest.mark.skipif(not cpu_weights.can_pack(), reason="this torch or this processor packs no weights")
+def test_packed_weights_generate_what_plain_ones_recompute() -> None:
+    """And the whole batch at once, prompts of every length: it does not change a row."""
+    plain, packed = small_model(), small_model()
+    cpu_weights.arrange_for_cpu(packed)
+    of = TextGenerator(packed, NumberTokenizer())  # type: ignore[arg-type]
+    rows = [TOKENS[0, :length].tolist() for length in range(1, WINDOW)]
+    prompts = [" ".join(map(str, ids)) for ids in rows]
+    together = of.generate(prompts, max_new_tokens=1, temperature=0, stop_ids=())
+    for ids, prompt, first in zip(rows, prompts, together, strict=True):
+        [alone] = of.generate([prompt], max_new_tokens=WINDOW - len(ids), temperature=0, stop_ids=())
+        assert alone.ids[:1] == first.ids
+        with torch.inference_mode():
+            while len(ids) < WINDOW:
+                logits = plain.logits(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0))[0, -1, :TOKENIZER_VOCAB]
+                ids.append(int(logits.argmax()))
+        assert ids[-len(alone.ids) :] == alone.ids
+
+
+def test_weights_that_cannot_be_packed_are_laid_out() -> None:
+    """A rank's slice, whose parts of a sum must still meet, and other numbers than fp32."""
+    double = small_model().double()
+    cpu_weights.arrange_for_cpu(double)
+    sliced = small_model(Group(ranks=(0, 1), rank=0))
+    cpu_weights.arrange_for_cpu(sliced)
+    assert double.blocks[0].mlp.c_fc.weight.stride() == (1, 128)
+    assert sliced.blocks[0].mlp.c_fc.weight.stride() == (1, 64)
 
 
 def test_an_8_bit_product_is_near() -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, generate
+from benchmarks import convert, generate, layouts
 from benchmarks.machine import describe
 from rich.console import Console
 
 from pangu.errors import exit_code
 
-TASKS = {"convert": convert, "generate": generate}
+TASKS = {"convert": convert, "generate": generate, "layouts": layouts}
 """Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
 
 

@@ -265,6 +265,11 @@ def set_rng_state(state: Tensor) -> None:
         _accelerator().set_rng_state(state)
 
 
+def pin(x: Tensor) -> Tensor:
+    """A copy in page-locked host memory, from where it reaches the device while the host goes on; `x` itself on the CPU."""
+    return x if name() == "cpu" else _accelerator().pin_memory(x)
+
+
 def synchronize() -> None:
     """Wait until the device has done all it was given."""
     if name() != "cpu":

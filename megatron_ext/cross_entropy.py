@@ -1,61 +1,130 @@
 """Cross-entropy over a vocabulary that is split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3).
 
-Each rank sees only its own V/T logits; two small all-reduces replace gathering B × S × V of them.
+Each rank sees only its own V/T logits; two small all-reduces replace gathering N × V of them. In training they are never there at once: the
+output projection and its loss go through the tokens in chunks (`linear_cross_entropy`).
+
+Shapes: N tokens, C tokens of a chunk, H hidden, V vocabulary, T tensor-parallel size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ext.collectives import all_reduce, all_reduce_max
-from megatron_ext.layers import mask_padded_ids
 from megatron_ext.topology import Group
 
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int, group: Group) -> Tensor:
-        first_id = group.rank * logits_BSV.shape[-1]
-        scores_BSV = mask_padded_ids(logits_BSV.float(), first_id, vocab_size)
-        # A rank may hold nothing but padding: its maximum of -inf never survives the maximum over the group.
-        highest_BS = all_reduce_max(scores_BSV.amax(dim=-1), group)
-        scores_BSV = scores_BSV - highest_BS.unsqueeze(-1)
-
-        local_BS = labels_BS - first_id
-        foreign_BS = (local_BS < 0) | (local_BS >= logits_BSV.shape[-1])
-        local_BS = local_BS.masked_fill(foreign_BS, 0)
-        label_score_BS = scores_BSV.gather(-1, local_BS.unsqueeze(-1)).squeeze(-1).masked_fill(foreign_BS, 0.0)
-        exp_BSV = scores_BSV.exp_()
-        sums = all_reduce(torch.stack([label_score_BS, exp_BSV.sum(dim=-1)]), group)
-        label_score_BS, total_BS = sums[0], sums[1]
-
-        ctx.save_for_backward(exp_BSV.div_(total_BS.unsqueeze(-1)), local_BS, foreign_BS)
-        ctx.dtype = logits_BSV.dtype
-        return total_BS.log() - label_score_BS
-
-    @staticmethod
-    def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax_BSV, local_BS, foreign_BS = ctx.saved_tensors
-        grad_BSV = softmax_BSV.clone()
-        hit = torch.where(foreign_BS, 0.0, -1.0).to(grad_BSV.dtype).unsqueeze(-1)
-        grad_BSV.scatter_add_(-1, local_BS.unsqueeze(-1), hit).mul_(grad_BS.unsqueeze(-1))
-        return grad_BSV.to(ctx.dtype), None, None, None
+CHUNK_LOGITS = 2**24
+"""Of a rank, computed at once: 64 MiB in fp32. More costs memory, fewer make matrix products that are too small for the device."""
 
 
-def vocab_parallel_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, *, vocab_size: int, group: Group) -> Tensor:
-    """Negative log-likelihood of each label, computed in fp32.
+def cross_entropy_(scores_NV: Tensor, labels_N: Tensor, *, vocab_size: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each label, and its gradient in place of the scores.
 
     Args:
-        logits_BSV: this rank's slice of the logits, [B, S, V/T], any float dtype. Ids at or beyond `vocab_size` are padding: they get no
+        scores_NV: fp32, this rank's slice of the logits, [N, V/T]; overwritten. Ids at or beyond `vocab_size` are padding: they get no
             probability and no gradient.
-        labels_BS: ids in the whole vocabulary, int64, the same on every rank.
+        labels_N: ids in the whole vocabulary, int64, the same on every rank.
         vocab_size: V without padding.
         group: the tensor-parallel group.
 
     Returns:
-        [B, S], fp32, in nats, the same on every rank.
+        [N], fp32, in nats, the same on every rank; and softmax - one-hot, [N, V/T]: the gradient of each with respect to the scores.
     """
-    return _VocabParallelCrossEntropy.apply(logits_BSV, labels_BS, vocab_size, group)
+    width = scores_NV.shape[-1]
+    first_id = group.rank * width
+    scores_NV[:, max(0, vocab_size - first_id) :] = float("-inf")
+    # A rank may hold nothing but padding: its maximum of -inf never survives the maximum over the group.
+    scores_NV.sub_(all_reduce_max(scores_NV.amax(dim=-1), group).unsqueeze(-1))
+
+    local_N = labels_N - first_id
+    foreign_N = (local_N < 0) | (local_N >= width)
+    local_N1 = local_N.masked_fill(foreign_N, 0).unsqueeze(-1)
+    label_score_N = scores_NV.gather(-1, local_N1).squeeze(-1).masked_fill(foreign_N, 0.0)
+    exp_NV = scores_NV.exp_()
+    label_score_N, total_N = all_reduce(torch.stack([label_score_N, exp_NV.sum(dim=-1)]), group)
+    gradient_NV = exp_NV.div_(total_N.unsqueeze(-1))
+    gradient_NV.scatter_add_(-1, local_N1, foreign_N.float().sub_(1.0).unsqueeze(-1))
+    return total_N.log() - label_score_N, gradient_NV
+
+
+def linear_cross_entropy(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask_N: Tensor, *, vocab_size: int, group: Group) -> Tensor:
+    """Mean negative log-likelihood of the labels under softmax(x Wᵀ), over the tokens whose mask is 1; 0 where there is none.
+
+    The gradients are computed with the loss, chunk by chunk, and wait for the backward pass, which only scales them: with the logits at
+    hand that costs two matrix products, later it would cost three. They can be used once.
+
+    In 16 bits the logits of a chunk become fp32, softmax - one-hot is cast back, not yet divided by the number of tokens or multiplied by a
+    loss scale, and the weight's gradient is summed over the chunks in fp32.
+
+    Args:
+        x_NH: what the output layer reads, the same on every rank, any float dtype.
+        weight_VH: this rank's rows of the output layer, [V/T, H], same dtype.
+        labels_N: ids in the whole vocabulary, int64, the same on every rank.
+        mask_N: 0 or 1.
+        vocab_size: V without padding (`cross_entropy_`).
+        group: the tensor-parallel group.
+
+    Returns:
+        fp32 scalar, in nats, the same on every rank. The gradient of `x_NH` is this rank's part of a sum over the group.
+    """
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(x_NH, weight_VH, labels_N, mask_N, vocab_size, group)
+    chunks = _chunks(x_NH, weight_VH, labels_N, vocab_size, group)
+    return _masked_mean(torch.cat([loss_C for _, loss_C, _ in chunks]), mask_N)
+
+
+def _masked_mean(loss_N: Tensor, mask_N: Tensor) -> Tensor:
+    return (loss_N * mask_N.float()).sum() / _count(mask_N)
+
+
+def _count(mask_N: Tensor) -> Tensor:
+    return mask_N.float().sum().clamp(min=1.0)
+
+
+def _chunks(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, vocab_size: int, group: Group) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of each chunk: where it is, its losses [C], and their gradient [C, V/T] in fp32, which the next chunk overwrites."""
+    num_tokens, width = len(x_NH), len(weight_VH)
+    num_chunks = max(1, -(-num_tokens * width // CHUNK_LOGITS))
+    size = max(1, -(-num_tokens // num_chunks))
+    logits_CV = x_NH.new_empty(size, width)
+    for begin in range(0, num_tokens, size):
+        part = slice(begin, min(begin + size, num_tokens))
+        scores_CV = torch.mm(x_NH[part], weight_VH.t(), out=logits_CV[: part.stop - begin]).float()
+        yield part, *cross_entropy_(scores_CV, labels_N[part], vocab_size=vocab_size, group=group)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask_N: Tensor, vocab_size: int, group: Group) -> Tensor:
+        grad_x_NH = torch.empty_like(x_NH)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        losses = []
+        for part, loss_C, gradient_CV in _chunks(x_NH, weight_VH, labels_N, vocab_size, group):
+            losses.append(loss_C)
+            gradient_CV = gradient_CV.to(x_NH.dtype)
+            mask_C1 = mask_N[part].to(x_NH.dtype).unsqueeze(-1)
+            # The mask is applied where it is cheap, to H numbers a token instead of V.
+            torch.mm(gradient_CV, weight_VH, out=grad_x_NH[part]).mul_(mask_C1)
+            if x_NH.dtype == torch.float32:
+                grad_weight_VH.addmm_(gradient_CV.t(), x_NH[part] * mask_C1)
+            else:
+                grad_weight_VH += gradient_CV.t() @ (x_NH[part] * mask_C1)
+        ctx.gradients, ctx.count = (grad_x_NH, grad_weight_VH), _count(mask_N)
+        return _masked_mean(torch.cat(losses), mask_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy: its gradients were asked for a second time, and they were scaled in place the first time."
+            )
+        (grad_x_NH, grad_weight_VH), ctx.gradients = ctx.gradients, None
+        scale = grad.float() / ctx.count
+        dtype = grad_x_NH.dtype
+        # In fp32, where no loss scale can overflow, and in place: nobody else has them.
+        grad_x_NH = grad_x_NH.float().mul_(scale).to(dtype)
+        return grad_x_NH, grad_weight_VH.mul_(scale).to(dtype), None, None, None, None

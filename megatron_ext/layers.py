@@ -117,7 +117,7 @@ class VocabParallelEmbedding(nn.Module):
     """A table of V rows split over the ranks; also the output layer that is tied to it.
 
     A vocabulary that does not divide by T is padded with zero rows that are never looked up; who reads logits masks them
-    (`vocab_parallel_cross_entropy`, `gather_logits`).
+    (`cross_entropy_`, `gather_logits`).
 
     Args:
         num_embeddings: V, without padding.
@@ -130,6 +130,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int, context: ParallelContext, *, name: str, init: Init) -> None:
         super().__init__()
         self.context = context
+        self.num_embeddings = num_embeddings
         spec = ShardSpec(f"{name}.weight", (num_embeddings, embedding_dim), init, split_dim=0, padded=True)
         self.first_id = spec.offset(context.tensor.rank, context.tensor.size)
         self.num_local = spec.local_shape(context.tensor.size)[0]

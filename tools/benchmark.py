@@ -3,6 +3,7 @@
     python tools/benchmark.py convert --preset 2.6B --workdir /mnt/disk
     python tools/benchmark.py convert --preset 350M --layers 4 --json
     python tools/benchmark.py generate --batch 8
+    python tools/benchmark.py train
 
 prints a table, or with --json one object: `task`, `device`, `ours`, `peers`, `ratios`. A ratio above 1 means that this project is better.
 What is being done goes to standard error.
@@ -13,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, generate, layouts
+from benchmarks import convert, generate, layouts, train
 from benchmarks.machine import describe
 from rich.console import Console
 
 from pangu.errors import exit_code
 
-TASKS = {"convert": convert, "generate": generate, "layouts": layouts}
+TASKS = {"convert": convert, "generate": generate, "layouts": layouts, "train": train}
 """Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
 
 

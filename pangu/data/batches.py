@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_ext import accelerator
 from pangu.data.blending import BlendedDataset
 from pangu.data.lookahead import ordered_map
 from pangu.data.packing import PackedDataset
@@ -74,13 +75,13 @@ def micro_batches(
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches without end, from the point where the run has consumed `consumed_samples`.
 
-    A thread reads ahead. What it does wrong is raised here; `close()` on the generator ends it. No random numbers are drawn, so whoever
+    A thread reads ahead, into page-locked memory where there is a device. What it does wrong is raised here; `close()` on the generator ends it. No random numbers are drawn, so whoever
     iterates finds torch's generators as they were.
     """
 
     def load(indices: range) -> Batch:
         samples = np.stack([dataset[index] for index in indices])
-        return collate(samples, separator_id=separator_id, pad_id=pad_id, eod_reset=eod_reset)
+        return Batch(*map(accelerator.pin, collate(samples, separator_id=separator_id, pad_id=pad_id, eod_reset=eod_reset)))
 
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="micro_batches")
     try:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.collectives import all_gather
-from megatron_ext.cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.cross_entropy import cross_entropy_
 from megatron_ext.layers import mask_padded_ids
 from pangu.model.model import PanguModel
 
@@ -156,12 +156,12 @@ class Scorer:
     def _losses(self, hidden_NH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of each label [N] and the likeliest id [N], equal on all ranks of the tensor-parallel group."""
         group, vocab_size = self.model.context.tensor, self.model.config.vocab_size
-        logits_1NV = self.model.wte.logits(hidden_NH.unsqueeze(0))
-        loss_N = vocab_parallel_cross_entropy(logits_1NV, labels_N.unsqueeze(0), vocab_size=vocab_size, group=group).squeeze(0)
-        first_id = group.rank * logits_1NV.shape[-1]
-        best = mask_padded_ids(logits_1NV.float(), first_id, vocab_size).squeeze(0).max(dim=-1)
+        logits_NV = self.model.wte.logits(hidden_NH.unsqueeze(0)).squeeze(0).float()
+        first_id = group.rank * logits_NV.shape[-1]
+        best = mask_padded_ids(logits_NV, first_id, vocab_size).max(dim=-1)
         best_TN = all_gather(best.values.unsqueeze(0), group, dim=0)
         ids_TN = all_gather(best.indices.unsqueeze(0) + first_id, group, dim=0)
+        loss_N, _ = cross_entropy_(logits_NV, labels_N, vocab_size=vocab_size, group=group)
         return loss_N, ids_TN.gather(0, best_TN.argmax(dim=0, keepdim=True)).squeeze(0)
 
 

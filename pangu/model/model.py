@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from megatron_ext.collectives import all_gather
 from megatron_ext.context import ParallelContext
-from megatron_ext.cross_entropy import vocab_parallel_cross_entropy
-from megatron_ext.layers import LayerNorm, mask_padded_ids
+from megatron_ext.cross_entropy import linear_cross_entropy
+from megatron_ext.layers import LayerNorm, VocabParallelEmbedding, enter_tensor_parallel, mask_padded_ids
 from megatron_ext.topology import Group
 from pangu.config import ModelConfig
 from pangu.model.block import Block, Cache, RunOptions
@@ -42,8 +42,7 @@ class PanguModel(nn.Module):
 
     def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
         """The mean loss of a micro-batch (fp32 scalar): see `language_model_loss`."""
-        logits_BSV = self.logits(tokens_BS, position_ids_BS)
-        return language_model_loss(logits_BSV, labels_BS, loss_mask_BS, vocab_size=self.config.vocab_size, group=self.context.tensor)
+        return language_model_loss(self.wte, self.hidden(tokens_BS, position_ids_BS), labels_BS, loss_mask_BS)
 
     def logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
         """Scores of the next token at every position.
@@ -77,19 +76,18 @@ class PanguModel(nn.Module):
         return self.ln_f(self.query_layer(x_BSH, position_ids_BS, caches[-1], query_BSH))
 
 
-def language_model_loss(logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, *, vocab_size: int, group: Group) -> Tensor:
+def language_model_loss(words: VocabParallelEmbedding, x_BSH: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
     """Mean negative log-likelihood over the tokens whose mask is 1, in nats; 0 where there is none.
 
     Args:
-        logits_BSV: this rank's slice [B, S, V/T].
+        words: the output layer.
+        x_BSH: what it reads, on the residual stream.
         labels_BS: int64.
         loss_mask_BS: 0 or 1.
-        vocab_size: V without padding.
-        group: the tensor-parallel group.
     """
-    loss_BS = vocab_parallel_cross_entropy(logits_BSV, labels_BS, vocab_size=vocab_size, group=group)
-    mask_BS = loss_mask_BS.to(loss_BS.dtype)
-    return (loss_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1.0)
+    x_NH = enter_tensor_parallel(x_BSH, words.context).flatten(0, 1)
+    labels_N, mask_N = labels_BS.flatten(), loss_mask_BS.flatten()
+    return linear_cross_entropy(x_NH, words.weight, labels_N, mask_N, vocab_size=words.num_embeddings, group=words.context.tensor)
 
 
 def gather_logits(logits_BSV: Tensor, *, vocab_size: int, group: Group) -> Tensor:

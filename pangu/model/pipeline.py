@@ -43,7 +43,8 @@ class PipeWordEmbedding(WordEmbedding):
 
 
 def _output(words: VocabParallelEmbedding, inputs: Activations) -> Tensor:
-    return words.logits(inputs[0])
+    """What the output layer reads. It is computed with the loss (`pipeline_loss`), so that the logits are never there at once."""
+    return inputs[0]
 
 
 class PipePositionEmbedding(PositionEmbedding):
@@ -132,11 +133,11 @@ def balance(costs: Sequence[int], num_parts: int) -> list[int]:
     return best[len(costs)][2]
 
 
-def pipeline_loss(config: ModelConfig, context: ParallelContext) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
-    """The loss function of the last stage: (logits, (labels, loss mask)) -> scalar."""
+def pipeline_loss(stage: PipelineModule) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
+    """The loss function of the last stage, with the output layer in it: (x_BSH, (labels, loss mask)) -> scalar."""
 
-    def loss(logits_BSV: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-        return language_model_loss(logits_BSV, *labels, vocab_size=config.vocab_size, group=context.tensor)
+    def loss(x_BSH: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        return language_model_loss(stage.tied_modules["words"], x_BSH, *labels)
 
     return loss
 
@@ -156,11 +157,12 @@ def build_pipeline(config: ModelConfig, context: ParallelContext, options: RunOp
             self._set_bounds(bounds[self.stage_id], bounds[self.stage_id + 1])
 
     with quiet():
-        return PanguPipeline(
+        stage = PanguPipeline(
             layers=pipeline_layers(config, context, options),
             topology=PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data),
-            loss_fn=pipeline_loss(config, context),
         )
+    stage.loss_fn = pipeline_loss(stage)
+    return stage
 
 
 @contextlib.contextmanager

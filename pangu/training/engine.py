@@ -191,7 +191,9 @@ class TrainingEngine:
         for parameter in self.module.parameters():
             assert parameter.grad is not None, spec_of(parameter).name
             gradients.append(parameter.grad)
-            squares[0 if spec_of(parameter).split_dim is not None else 1] += parameter.grad.float().square().sum()
+            # By rows: no copy of the gradient, and no sum so long that fp32 loses what is added last.
+            rows = torch.linalg.vector_norm(parameter.grad, dim=-1, dtype=torch.float32)
+            squares[0 if spec_of(parameter).split_dim is not None else 1] += rows.square().sum()
         # Every rank counts its own replicated gradients, and hears whether another's are not finite: the norm is one on all.
         split, fault = all_reduce(torch.stack([squares[0], 0.0 * squares[1]]), self.groups.tensor)
         norm = float((split + fault + squares[1]).sqrt())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import time
@@ -66,6 +67,9 @@ class TrainingLoop:
         """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
         train, progress = self._config.train, self._progress
         stop, stopped_by = StopRequest(), 0
+        # What was imported and built stays: the garbage collector would look through it again and again, on each rank at another time.
+        gc.collect()
+        gc.freeze()
         self._compare_replicas()
         batches = self._watchdog.each(self._stragglers.timed(self._batches(self._training, progress.consumed_samples)))
         while progress.step < train.steps and not stopped_by:

@@ -33,7 +33,10 @@ def trained(directory: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     engine.module.eval()
     engine.engine.total_loss, engine.engine.fwd_outputs = None, []
     outputs: Any = engine.engine.eval_batch(iter([_pipeline_batch(batch)]), compute_loss=False, reduce_output=None, num_micro_batches=1)
-    logits = gather_logits(outputs[0], vocab_size=VOCAB, group=engine.groups.tensor) if outputs else None
+    logits = None
+    if outputs:
+        logits = engine.module.tied_modules["words"].logits(outputs[0]).detach()
+        logits = gather_logits(logits, vocab_size=VOCAB, group=engine.groups.tensor)
     found = [value for value in all_gather_objects(logits, engine.groups.world) if value is not None]
     return batch.tokens, batch.position_ids, found[0]
 

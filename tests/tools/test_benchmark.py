@@ -21,7 +21,7 @@ from pangu.tokenizer_training import train_tokenizer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from benchmarks import convert, generate, machine  # noqa: E402  (the line above makes it importable)
+from benchmarks import convert, generate, machine, train, turns  # noqa: E402  (the line above makes it importable)
 
 STEPS = ["mindspore -> huggingface", "huggingface -> megatron", "megatron -> mindspore"]
 
@@ -162,6 +162,41 @@ def test_exactness_of_8_bit_weights(tmp_path: Path) -> None:
 
 def test_turns_alternate_and_the_first_is_not_counted() -> None:
     order: list[str] = []
-    speeds = generate.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, 2, 10, iter(range(99)).__next__)
+    speeds = turns.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, 2, 10, iter(range(99)).__next__)
     assert "".join(order) == "cbaabccba"
     assert speeds == {name: [10.0, 10.0] for name in "abc"}
+
+
+STEP = {"batch": 2, "sequence": 8, "layers": 2, "hidden": 16, "heads": 2, "vocab": 50, "repeats": 3}
+
+
+def test_training_is_measured_in_turns_and_alone_next_to_gpt2() -> None:
+    words = [word for name, value in STEP.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, ROOT / "tools/benchmark.py", "train", "--json", "--threads", "1", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["model"].items() >= {**STEP, "dropout": 0.0, "precision": "fp32", "threads": 1}.items()
+    sides = {**result["ours"], **result["peers"]}
+    assert list(sides) == list(train.NAMES)
+    every = {name: sides[name]["all_tokens_per_second"] for name in train.NAMES}
+    for label, first, second in (
+        (f"speed, {train.OURS}", train.OURS, train.PEER),
+        (f"{train.SHARDED} over {train.BARE}", train.SHARDED, train.BARE),
+    ):
+        assert len(every[first]) == 3
+        assert result["ratios"][label] == sorted(one / other for one, other in zip(every[first], every[second], strict=True))[1] > 0
+    alone = {name: sides[name]["alone, default allocator"] for name in (train.OURS, train.PEER)}
+    assert result["ratios"]["memory"] == alone[train.PEER]["peak_bytes"] / alone[train.OURS]["peak_bytes"]
+    assert all(50 * 2**20 < one["peak_bytes"] < 2 * 2**30 for one in alone.values())
+    assert "alone, tuned allocator" in sides[train.PEER]
+    console = Console(width=80, record=True)
+    console.print(train.table(result))
+    assert f"{result['ratios'][f'speed, {train.OURS}']:.2f}x" in console.export_text()
+
+
+def test_impossible_steps_are_refused() -> None:
+    options = {**STEP, "threads": None, "dropout": 0.0}
+    for changed in ({"batch": 0}, {"dropout": 1.0}, {"heads": 3}):
+        with pytest.raises(InputError, match=f"--{next(iter(changed))} "):
+            train.measure(argparse.Namespace(**options | changed))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from benchmarks.turns import summary, take_turns
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,15 +101,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "clock": "processor" if arguments.cpu_time else "wall",
         },
         "same_ids_as_recomputation": same,
-        "ours": {name: _summary(speeds[name]) for name in ratios},
-        "peers": {PEER: _summary(speeds[PEER])},
+        "ours": {name: summary(speeds[name]) for name in ratios},
+        "peers": {PEER: summary(speeds[PEER])},
         "ratios": {f"speed, {name}": statistics.median(values) for name, values in ratios.items()},
         "all_ratios": {f"speed, {name}": values for name, values in ratios.items()},
     }
-
-
-def _summary(speeds: list[float]) -> dict[str, Any]:
-    return {"tokens_per_second": statistics.median(speeds), "all_tokens_per_second": speeds}
 
 
 def generator(config: ModelConfig, prepare: Callable[[PanguModel], None]) -> TextGenerator:
@@ -177,20 +173,6 @@ def recomputed(model: PanguModel, prompts: list[list[int]], num_new: int) -> lis
             last = model.hidden(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))[:, -1:]
             tokens = torch.cat([tokens, model.wte.logits(last).argmax(dim=-1)], dim=1)
     return tokens[:, -num_new:].tolist()
-
-
-def take_turns(runs: dict[str, Callable[[], Any]], repeats: int, num_tokens: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Tokens a second of each, one number a turn. The first turn warms up and is not counted; every other turn goes backwards."""
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name in list(runs)[:: 1 if turn % 2 else -1]:
-            began = clock()
-            runs[name]()
-            speed = num_tokens / (clock() - began)
-            if turn:
-                speeds[name].append(speed)
-                print(f"turn {turn} of {repeats}: {name} {speed:.1f} tokens/s", file=sys.stderr, flush=True)
-    return speeds
 
 
 def exactness(weights: Path, text: Path) -> dict[str, Any]:

@@ -6,10 +6,12 @@ engine uses the same object, so there is one answer in a process. This is the on
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import socket
+import sys
 import time
 import uuid
 import warnings
@@ -41,6 +43,10 @@ _PEAK_FLOPS = {
     "Ascend910A": 256e12,
     "Ascend910ProA": 256e12,
 }
+
+
+# M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>: no mappings, nothing given back, the heap grows by 256 MiB.
+_MALLOC_OPTIONS = ((-4, 0), (-1, -1), (-2, 2**28))
 
 
 def _accelerator() -> Any:  # DeepSpeed's accelerator classes carry no useful types
@@ -269,6 +275,16 @@ def set_rng_state(state: Tensor) -> None:
 def pin(x: Tensor) -> Tensor:
     """A copy in page-locked host memory, from where it reaches the device while the host goes on; `x` itself on the CPU."""
     return x if name() == "cpu" else _accelerator().pin_memory(x)
+
+
+def keep_freed_memory() -> None:
+    """On the CPU, let the allocator of glibc keep what this process frees.
+
+    A step asks for the same large pieces as the last one. By default each is mapped anew, and the kernel clears every page of it first.
+    """
+    if name() == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in _MALLOC_OPTIONS:
+            libc.mallopt(parameter, value)
 
 
 def synchronize() -> None:

@@ -5,6 +5,7 @@
     python tools/benchmark.py generate --batch 8
     python tools/benchmark.py score
     python tools/benchmark.py train
+    python tools/benchmark.py layouts --only tensor
     python tools/benchmark.py tokenize --tokenizer tokenizer/ --text corpus.txt
     python tools/benchmark.py preprocess --workers 8
     python tools/benchmark.py data
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, data, generate, preprocess, score, startup, tokenize, train
+from benchmarks import convert, data, generate, layouts, preprocess, score, startup, tokenize, train
 from benchmarks.machine import describe
 from rich.console import Console
 
@@ -34,6 +35,7 @@ TASKS = {
     "data": data,
     "startup": startup,
     "train": train,
+    "layouts": layouts,
 }
 """Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
 

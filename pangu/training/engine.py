@@ -58,6 +58,7 @@ class TrainingEngine:
     def __init__(self, config: Config, groups: Groups, fill: Fill) -> None:
         import deepspeed
 
+        accelerator.keep_freed_memory()
         self.config, self.groups = config, groups
         self.rng = RngStreams(config.train.seed, groups.coordinates)
         self.has_pipeline = groups.topology.pipeline > 1
@@ -99,7 +100,8 @@ class TrainingEngine:
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=mpu)
         self.module = self.engine.module
         if config.parallel.zero_stage == 0 and groups.data.size == 1:
-            self.engine.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back
+            # There is nobody to sum with, but DeepSpeed would copy every gradient into a bucket and back.
+            self.engine.enable_backward_allreduce = False
         if config.parallel.zero_stage > 0:
             self.guard.judge_by_norm(self.engine.optimizer)
         if self.has_pipeline:

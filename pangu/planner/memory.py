@@ -18,7 +18,7 @@ from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_byt
 
 GIB = 2**30
 
-CHUNK_LOGITS = 2**25
+CHUNK_LOGITS = 2**24
 """Of a rank, that the loss computes at once (megatron_ext.cross_entropy, which this module does not import: it needs no torch)."""
 
 

@@ -181,7 +181,7 @@ def test_later_stages_hold_fewer_micro_batches_and_the_last_the_logits() -> None
     # Of a rank's 5000 ids in 16 bits, in fp32, and the gradient in 16 bits; then the gradient of the output layer.
     assert (second.logits, last.logits) == (0, 1024 * 5000 * (2 + 4 + 2) + 5000 * 16384 * 4)
     many = paper_plan("train.micro_batch_size=32", stage=15)
-    assert many.logits == 2**25 * 8 + 5000 * 16384 * 4
+    assert many.logits == CHUNK_LOGITS * 8 + 5000 * 16384 * 4
     assert CHUNK_LOGITS == cross_entropy.CHUNK_LOGITS
 
 

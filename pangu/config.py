@@ -466,8 +466,11 @@ def deepspeed_config(config: Config, layout: Topology) -> dict[str, Any]:
 
 
 def default_bucket_size(model: ModelConfig) -> int:
-    """Elements that DeepSpeed reduces at once: a bucket larger than the model is memory for nothing, 500,000,000 is DeepSpeed's own."""
-    return min(500_000_000, num_parameters(model))
+    """Elements that DeepSpeed reduces at once.
+
+    Its own default of 500,000,000 is more than most stages hold, and what comes in one piece cannot travel while the rest is computed.
+    """
+    return min(50_000_000, num_parameters(model))
 
 
 def _preset_note(model: ModelConfig, key: str) -> str:

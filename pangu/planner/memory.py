@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pangu.config import default_bucket_size
 from pangu.planner.parameters import rank_parameters
 from pangu.planner.plan import Plan, Workload
 from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_bytes
@@ -86,7 +85,7 @@ def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platfo
         zero_stage=plan.zero_stage,
         precision=workload.precision,
         data_parallel_size=layout.data,
-        bucket_elements=default_bucket_size(model) if plan.bucket_elements is None else plan.bucket_elements,
+        bucket_elements=plan.bucket_elements,
         offload_optimizer=plan.offload_optimizer,
         offload_parameters=plan.offload_parameters,
     )

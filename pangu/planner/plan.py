@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ext.topology import Topology
-from pangu.config import Config, ModelConfig
+from pangu.config import Config, ModelConfig, default_bucket_size
 from pangu.model.stages import stage_layers
 
 Recompute = Literal["none", "selective", "full"]
@@ -44,8 +44,8 @@ class Plan:
     offload_parameters: bool = False
     interleave: int = 1
     """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule; measured runs of others do."""
-    bucket_elements: int | None = None
-    """DeepSpeed's reduce_bucket_size; None = what pangu.config sets where a JSON does not."""
+    bucket_elements: int = 0
+    """Of the buffers in which DeepSpeed reduces gradients (`bucket_elements`)."""
 
     def micro_batches(self, workload: Workload) -> int:
         """Micro-batches a pipeline computes for one optimizer step."""
@@ -80,6 +80,18 @@ def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tupl
         recompute=parallel.recompute,
         offload_optimizer=is_offloaded("offload_optimizer"),
         offload_parameters=is_offloaded("offload_param"),
-        bucket_elements=zero["reduce_bucket_size"],
+        bucket_elements=bucket_elements(zero, config.model, layout.pipeline),
     )
     return workload_of(config), plan
+
+
+def bucket_elements(zero: dict[str, Any], model: ModelConfig, pipeline: int) -> int:
+    """Elements of the buffers in which DeepSpeed reduces gradients: two, where one is filled while the other travels.
+
+    Args:
+        zero: the section `zero_optimization` of a DeepSpeed JSON.
+        model: whose gradients they are.
+        pipeline: number of stages; with several DeepSpeed does not reduce before the last micro-batch.
+    """
+    size = zero.get("reduce_bucket_size", default_bucket_size(model))
+    return 2 * size if zero.get("overlap_comm") and zero["stage"] in (1, 2) and pipeline == 1 else size

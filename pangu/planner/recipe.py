@@ -18,6 +18,11 @@ from pangu.planner.plan import Plan, Workload
 RECIPES = Path(__file__).parents[2] / "ds_configs"
 
 
+def deepspeed_json(zero_stage: int, offload: bool) -> Path:
+    """The DeepSpeed configuration that a plan runs with."""
+    return RECIPES / f"zero{zero_stage}{'-offload' if offload else ''}.json"
+
+
 def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, plan: Plan) -> dict[str, Any]:
     """The sections of a recipe with a plan's layout.
 
@@ -46,8 +51,7 @@ def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, pla
         "global_batch_size": workload.global_batch_size,
         "precision": workload.precision,
     }
-    offload = "-offload" if plan.offload_optimizer else ""
-    deepspeed = os.path.relpath(RECIPES / f"zero{plan.zero_stage}{offload}.json", path.parent.resolve())
+    deepspeed = os.path.relpath(deepspeed_json(plan.zero_stage, plan.offload_optimizer), path.parent.resolve())
     return {**values, "parallel": parallel, "train": {**(values.get("train") or {}), **train}, "deepspeed": deepspeed}
 
 

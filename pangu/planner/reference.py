@@ -37,6 +37,8 @@ CLUSTERS = {
 """File of ds_configs/clusters for each beginning of the column `hardware`; the longest that fits counts."""
 STACKS = {"Megatron-DeepSpeed": ("BLOOM", "MT-NLG", "GLM", "DeepSpeed"), "Megatron-LM": ("Megatron", "Korthikanti")}
 """Software, by words in the name of a family."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default for the buffer in which it reduces gradients; no row says another."""
 MICRO_BATCHES = (1, 2, 4, 8)
 """Tried where a row does not say."""
 MAX_BYTES = 64 << 20
@@ -190,6 +192,7 @@ def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
         sequence_parallel=cells["seqpar"].strip() == "1",
         recompute=_recompute(cells["recompute"]),
         interleave=_count(cells, "interleave", 1),
+        bucket_elements=BUCKET_ELEMENTS,
     )
     found = re.search(r"\((\d\d-\d\d)\)\s*$", cells["source"])
     return Run(

@@ -13,11 +13,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from megatron_ext.topology import Topology
+from pangu.config_file import read_json
 from pangu.model.stages import balance, balanced_layers
 from pangu.planner.hardware import Cluster
 from pangu.planner.memory import ACCELERATOR, GIB, MemoryEstimate, Platform, estimate_memory
-from pangu.planner.plan import Plan, Recompute, Workload
+from pangu.planner.plan import Plan, Recompute, Workload, bucket_elements
 from pangu.planner.profile import Profile
+from pangu.planner.recipe import deepspeed_json
 from pangu.planner.time import StepTime, TimeModel
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -93,6 +95,8 @@ class Search:
     def __init__(self, workload: Workload, cluster: Cluster, profile: Profile, platform: Platform = ACCELERATOR) -> None:
         self.workload, self.cluster, self.platform = workload, cluster, platform
         self.time = TimeModel(workload, cluster, profile)
+        cases = [(stage, offload) for stage in range(4) for offload in (False, True) if stage or not offload]
+        self._zero = {case: read_json(deepspeed_json(*case))["zero_optimization"] for case in cases}
         self.device_gib, self.host_gib = cluster.device.memory_gib.value, cluster.device.host_memory_gib.value
 
     def share(self, memory: MemoryEstimate) -> float:
@@ -222,7 +226,13 @@ class Search:
     def _offloadings(self, plan: Plan, wanted: Wanted) -> Iterator[Plan]:
         """The plan, and its optimizer states (under ZeRO-3 weights too) in host memory."""
         for offload in _chosen("offload_optimizer", [False, True] if plan.zero_stage else [False], wanted):
-            yield replace(plan, offload_optimizer=offload, offload_parameters=offload and plan.zero_stage == 3)
+            zero = self._zero[plan.zero_stage, offload]
+            yield replace(
+                plan,
+                offload_optimizer=offload,
+                offload_parameters=offload and plan.zero_stage == 3,
+                bucket_elements=bucket_elements(zero, self.workload.model, plan.layout.pipeline),
+            )
 
     def _cuts(self, plan: Plan) -> list[tuple[int, ...]]:
         """Into stages of equal parameters, and of equal time."""

@@ -45,8 +45,18 @@ def reference() -> list[tuple[float, float]]:
 RECIPES = Path(__file__).parents[2] / "ds_configs"
 
 
-@pytest.mark.parametrize(("recipe", "zero_stage"), [("zero2-offload.json", 2), ("zero3-offload.json", 3)])
-def test_offload_follows_the_single_process_run(recipe: str, zero_stage: int, reference: list[tuple[float, float]]) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "zero_stage"),
+    [
+        ("zero1.json", 1),
+        ("zero2.json", 2),
+        ("zero3.json", 3),
+        ("zero1-offload.json", 1),
+        ("zero2-offload.json", 2),
+        ("zero3-offload.json", 3),
+    ],
+)
+def test_deepspeed_recipes_follow_the_single_process_run(recipe: str, zero_stage: int, reference: list[tuple[float, float]]) -> None:
     config = small_config(parallel={"zero_stage": zero_stage}).model_copy(update={"deepspeed": RECIPES / recipe})
     for results in run_distributed(train, 2, config):
         for (loss, norm), (expected_loss, expected_norm) in zip(results, reference, strict=True):
@@ -61,3 +71,14 @@ def test_layout_follows_the_single_process_run(layout: str, reference: list[tupl
         for step, ((loss, norm), (expected_loss, expected_norm)) in enumerate(zip(results, reference, strict=True)):
             assert abs(loss - expected_loss) < LOSS_TOLERANCE, step
             assert abs(norm - expected_norm) < NORM_TOLERANCE * expected_norm, step
+
+
+def test_gradients_larger_than_the_bucket_follow_too(tmp_path: Path, reference: list[tuple[float, float]]) -> None:
+    """Each is then reduced by itself while the backward pass goes on."""
+    json = tmp_path / "small.json"
+    json.write_text('{"zero_optimization": {"stage": 1, "overlap_comm": true, "reduce_bucket_size": 500}}', encoding="utf-8")
+    config = small_config(parallel={"zero_stage": 1}).model_copy(update={"deepspeed": json})
+    for results in run_distributed(train, 2, config):
+        for (loss, norm), (expected_loss, expected_norm) in zip(results, reference, strict=True):
+            assert abs(loss - expected_loss) < LOSS_TOLERANCE
+            assert abs(norm - expected_norm) < NORM_TOLERANCE * expected_norm

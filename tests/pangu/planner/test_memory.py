@@ -226,7 +226,8 @@ def needed_gib(row: dict[str, str]) -> float:
     pipeline = int(row["pp"])
     layout = Topology(tensor=int(row["tp"]), pipeline=pipeline, data=int(row["dp"]))
     workload = Workload(model, int(row["seq"]), int(row["global_batch"]), "bf16")
-    plan = Plan(layout, int(row["micro_batch"]), balanced_layers(model, pipeline), zero_stage=1, recompute=row["recompute"])  # type: ignore[arg-type]
+    plan = Plan(layout, int(row["micro_batch"]), balanced_layers(model, pipeline), recompute=row["recompute"])  # type: ignore[arg-type]
+    plan = replace(plan, bucket_elements=500_000_000)  # DeepSpeed's default
     platform = replace(ACCELERATOR, softmax_in_fp32=False)
     parameters = stage_parameters(model, layout.tensor, plan.stage_layers)
     return max(estimate_memory(workload, plan, at, platform).total + 4 * parameters[at].total for at in range(pipeline)) / GIB

@@ -65,12 +65,12 @@ def test_simple_evaluate(model: PanguLM, tmp_path: Path) -> None:
         f"  cache_dir: {tmp_path}/cache\ntest_split: test\ntarget_delimiter: ''\n"
     )
     kinds = {
-        "choose": "output_type: multiple_choice\ndoc_to_text: '问：{{question}}\\n答：'\ndoc_to_choice: choices\n"
+        "choose": 'output_type: multiple_choice\ndoc_to_text: "问：{{question}}\\n答："\ndoc_to_choice: choices\n'
         "doc_to_target: answer\n"
         "metric_list:\n  - metric: acc\n  - metric: acc_norm\n",
         "roll": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list:\n  - metric: byte_perplexity\n",
-        "write": "output_type: generate_until\ndoc_to_text: '问：{{question}}\\n答：'\n"
+        "write": 'output_type: generate_until\ndoc_to_text: "问：{{question}}\\n答："\n'
         "doc_to_target: '{{choices[0]}}'\n"
         "generation_kwargs:\n  until: ['\\n', '。']\n  max_gen_toks: 8\nmetric_list:\n  - metric: exact_match\n",
     }

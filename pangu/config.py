@@ -1,8 +1,6 @@
 """The run's configuration: one YAML file, plus `section.key=value` overrides.
 
     config = load_config("ds_configs/2.6B.yaml", ["train.steps=100", "optimizer.lr=5e-5"])
-    layout = validate_layout(config, world_size=16)     # refuses what cannot run, before any process talks to another
-    deepspeed = deepspeed_config(config, layout)        # the DeepSpeed JSON, completed from the configuration
 
 Paths are relative to the current directory, except `deepspeed`, which is relative to the folder of the YAML file that names it.
 """
@@ -10,8 +8,6 @@ Paths are relative to the current directory, except `deepspeed`, which is relati
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +16,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_ext.topology import Order, Topology
+from megatron_ext.topology import Order
 from pangu.config_file import apply_override, first_problem, read_json, read_yaml
 from pangu.errors import InputError
-from pangu.presets import MODEL_PRESETS, Preset, num_parameters
+from pangu.presets import MODEL_PRESETS, Preset
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -338,166 +334,9 @@ def parse_config(values: dict[str, Any], path: Path, overridden: Sequence[str] =
         _refuse(error, path, overridden)
 
 
-def gradient_accumulation_steps(config: Config, layout: Topology) -> int:
-    """Micro-batches a data-parallel rank computes for one optimizer step.
-
-    Raises:
-        InputError: if the global batch does not divide.
-    """
-    micro_batch = config.train.micro_batch_size
-    samples = micro_batch * layout.data
-    if config.train.global_batch_size % samples:
-        below = config.train.global_batch_size // samples * samples
-        raise InputError(
-            f"train.global_batch_size = {config.train.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size x data-parallel size = {micro_batch} x {layout.data} = {samples} (data-parallel size = "
-            f"{layout.world_size} processes / (tensor {layout.tensor} x pipeline {layout.pipeline})). "
-            f"Choose {f'{below} or ' if below else ''}{below + samples}."
-        )
-    return config.train.global_batch_size // samples
-
-
-def validate_layout(config: Config, world_size: int) -> Topology:
-    """The layout of `world_size` processes, or a refusal of what cannot run or would be silently wrong. Needs no process group.
-
-    Raises:
-        InputError: a key's value does not fit the others.
-        LayoutError: the number of processes does not fit `parallel.tensor` and `parallel.pipeline`.
-    """
-    model, parallel, train = config.model, config.parallel, config.train
-    for key, size in (("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
-        if size % parallel.tensor:
-            raise InputError(
-                f"parallel.tensor = {parallel.tensor} does not divide model.{key} = {size}{_preset_note(model, key)}. "
-                f"Choose {_alternatives(_common_divisors(model.num_heads, model.ffn_hidden_size))}."
-            )
-    if parallel.sequence and train.sequence_length % parallel.tensor:
-        raise InputError(
-            f"parallel.sequence splits a sequence over the tensor-parallel ranks, but parallel.tensor = {parallel.tensor} does not divide "
-            f"train.sequence_length = {train.sequence_length}. Change the length, or set parallel.sequence=false."
-        )
-    if parallel.pipeline > model.num_layers:
-        raise InputError(
-            f"parallel.pipeline = {parallel.pipeline} is more stages than model.num_layers = {model.num_layers}"
-            f"{_preset_note(model, 'num_layers')}. Choose {model.num_layers} or fewer."
-        )
-    if (counts := parallel.stage_layers) is not None:
-        given = f"parallel.stage_layers = {counts}"
-        if len(counts) != parallel.pipeline:
-            raise InputError(f"{given} has {len(counts)} stages, but parallel.pipeline = {parallel.pipeline}. Make the two agree.")
-        if sum(counts) != model.num_layers:
-            raise InputError(
-                f"{given} has {sum(counts)} layers, but model.num_layers = {model.num_layers}{_preset_note(model, 'num_layers')}. "
-                "The query layer counts; make the two agree."
-            )
-    if parallel.pipeline > 1 and parallel.zero_stage != 1:
-        reason = (
-            "DeepSpeed without ZeRO leaves the later stages out of the gradient norm"
-            if parallel.zero_stage == 0
-            else "ZeRO-2 and ZeRO-3 shard what a pipeline accumulates over its micro-batches"
-        )
-        raise InputError(
-            f"parallel.zero_stage = {parallel.zero_stage} does not work with parallel.pipeline = {parallel.pipeline}: {reason}. "
-            "Set parallel.zero_stage=1, or parallel.pipeline=1."
-        )
-    if parallel.zero_stage == 0 and train.precision != "fp32":
-        raise InputError(
-            f"parallel.zero_stage = 0 does not work with train.precision = {train.precision}: DeepSpeed's 16-bit optimizer without ZeRO "
-            "clips by each rank's own gradient norm. Set parallel.zero_stage=1, or train.precision=fp32."
-        )
-    layout = Topology.from_world_size(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, order=parallel.order)
-    deepspeed_config(config, layout)  # refuses batch arithmetic and a JSON that contradicts
-    return layout
-
-
-def deepspeed_config(config: Config, layout: Topology) -> dict[str, Any]:
-    """What DeepSpeed is given: the JSON that `deepspeed` names, completed from the configuration.
-
-    Raises:
-        InputError: if the JSON says otherwise than the configuration, names an optimizer or schedule, or the batch does not divide.
-    """
-    path, precision = config.deepspeed, config.train.precision
-    result = read_json(path) if path else {}
-    for section, ours in (("optimizer", "optimizer"), ("scheduler", "schedule")):
-        if section in result:
-            raise InputError(f"{path}: {section!r} is not DeepSpeed's to build here. Remove it; use the {ours!r} section of the YAML file.")
-
-    def settle(key: str, value: Any, source: str) -> None:
-        """Write `value` under a dotted key unless the JSON already says something else."""
-        *parents, last = key.split(".")
-        block = result
-        for parent in parents:
-            block = block.setdefault(parent, {})
-            if not isinstance(block, dict):
-                raise InputError(f"{path}: {parent} = {block!r}, but a block of settings in braces was expected.")
-        if block.get(last, "auto") not in ("auto", value):
-            raise InputError(f"{path}: {key} = {json.dumps(block[last])}, but {source}. Remove it from the JSON, or make the two agree.")
-        block[last] = value
-
-    train, parallel = config.train, config.parallel
-    settle("train_batch_size", train.global_batch_size, f"train.global_batch_size = {train.global_batch_size}")
-    settle("train_micro_batch_size_per_gpu", train.micro_batch_size, f"train.micro_batch_size = {train.micro_batch_size}")
-    accumulation = gradient_accumulation_steps(config, layout)
-    settle("gradient_accumulation_steps", accumulation, f"train.global_batch_size and the layout give {accumulation}")
-    settle("gradient_clipping", config.optimizer.grad_clip, f"optimizer.grad_clip = {config.optimizer.grad_clip}")
-    for name in ("fp16", "bf16"):
-        if name in result or name == precision:
-            settle(f"{name}.enabled", name == precision, f"train.precision = {precision}")
-    settle("zero_optimization.stage", parallel.zero_stage, f"parallel.zero_stage = {parallel.zero_stage}")
-    if parallel.sequence and parallel.tensor > 1 and parallel.pipeline > 1:
-        # By default DeepSpeed cuts what stages exchange over the tensor group, taking it to be replicated there. It is already cut.
-        for key in ("pipe_partitioned", "grad_partitioned"):
-            settle(f"pipeline.{key}", False, "parallel.sequence = true splits what pipeline stages exchange already")
-    _check_offload(result["zero_optimization"], path)
-
-    if precision == "fp16":
-        loss_scale = {"loss_scale": 0, "initial_scale_power": 32, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
-        result["fp16"] = loss_scale | result["fp16"]
-    result["zero_optimization"].setdefault("reduce_bucket_size", default_bucket_size(config.model))
-    ours_where_unsaid = {
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # offloading works with any torch optimizer; DeepSpeed's own needs a compiler
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-        # DeepSpeed compares tags by reducing uint8, which HCCL cannot; ours come from the step and cannot differ.
-        "checkpoint": {"tag_validation": "Ignore"},
-    }
-    return ours_where_unsaid | result
-
-
-def default_bucket_size(model: ModelConfig) -> int:
-    """Elements that DeepSpeed reduces at once.
-
-    Its own default of 500,000,000 is more than most stages hold, and what comes in one piece cannot travel while the rest is computed.
-    """
-    return min(50_000_000, num_parameters(model))
-
-
-def _preset_note(model: ModelConfig, key: str) -> str:
-    """` (preset 2.6B)` for a message about a size that the user never wrote."""
-    return f" (preset {model.preset})" if model.preset and MODEL_PRESETS[model.preset].get(key) == getattr(model, key) else ""
-
-
 def _set(section: Section, key: str, value: object) -> None:
     """Give a derived key its value while the section is being made; afterwards it is frozen."""
     object.__setattr__(section, key, value)
-
-
-def _common_divisors(first: int, second: int) -> list[int]:
-    common = math.gcd(first, second)
-    return [number for number in range(1, common + 1) if common % number == 0]
-
-
-def _alternatives(choices: list[int]) -> str:
-    *rest, last = map(str, choices)
-    return f"{', '.join(rest)} or {last}" if rest else last
-
-
-def _check_offload(zero: dict[str, Any], path: Path | None) -> None:
-    """DeepSpeed ignores an offload that its stage cannot do; here it is refused."""
-    for key, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        if zero.get(key) and zero["stage"] < first_stage:
-            raise InputError(f"{path}: zero_optimization.{key} needs parallel.zero_stage {first_stage} or more; it is {zero['stage']}.")
 
 
 def _take_zero_stage(values: dict[str, Any]) -> None:

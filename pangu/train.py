@@ -15,8 +15,9 @@ import gc
 import os
 from pathlib import Path
 
-from pangu.config import load_config, validate_layout
+from pangu.config import load_config
 from pangu.errors import InputError, exit_code
+from pangu.layout import validate_layout
 
 
 @exit_code

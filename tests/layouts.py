@@ -12,9 +12,10 @@ from megatron_ext import accelerator
 from megatron_ext.collectives import world_size
 from megatron_ext.initialize import random_weights
 from megatron_ext.topology import Groups
-from pangu.config import Config, validate_layout
+from pangu.config import Config
 from pangu.data.batches import Batch, collate
 from pangu.data.sampler import Sampler
+from pangu.layout import validate_layout
 from pangu.training.engine import TrainingEngine
 
 VOCAB, SEQUENCE = 50, 16

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pangu.config import Config, load_config, validate_layout
+from pangu.config import Config, load_config
 from pangu.errors import InputError
+from pangu.layout import validate_layout
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ext.topology import Topology
-from pangu.config import Config, ModelConfig, default_bucket_size
+from pangu.config import Config, ModelConfig
+from pangu.layout import default_bucket_size
 from pangu.model.stages import stage_layers
 
 Recompute = Literal["none", "selective", "full"]
@@ -64,7 +65,7 @@ def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tupl
     Args:
         config: of the run.
         layout: of its processes.
-        deepspeed: the completed DeepSpeed configuration, for offloading and bucket sizes (pangu.config.deepspeed_config).
+        deepspeed: the completed DeepSpeed configuration, for offloading and bucket sizes (pangu.layout.deepspeed_config).
     """
     parallel, zero = config.parallel, deepspeed["zero_optimization"]
 

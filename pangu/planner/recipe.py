@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from pangu.config import parse_config, validate_layout
+from pangu.config import parse_config
 from pangu.config_file import apply_override, read_yaml
 from pangu.errors import InputError
 from pangu.files import write_durably
+from pangu.layout import validate_layout
 from pangu.model.stages import balanced_layers
 from pangu.planner.plan import Plan, Workload
 

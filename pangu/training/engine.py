@@ -20,8 +20,9 @@ from megatron_ext.context import Fill, ParallelContext
 from megatron_ext.random import RngStreams, derive_seed
 from megatron_ext.sharding import spec_of
 from megatron_ext.topology import Groups
-from pangu.config import Config, deepspeed_config
+from pangu.config import Config
 from pangu.data.batches import Batch
+from pangu.layout import deepspeed_config
 from pangu.model.block import Block, RunOptions
 from pangu.model.model import PanguModel
 from pangu.model.pipeline import build_pipeline, quiet

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from megatron_ext.topology import Topology
-from pangu.config import Config, deepspeed_config, gradient_accumulation_steps
+from pangu.config import Config
+from pangu.layout import deepspeed_config, gradient_accumulation_steps
 from pangu.planner.memory import ACCELERATOR, MemoryEstimate, Platform, estimate_memory
 from pangu.planner.parameters import stage_parameters
 from pangu.planner.plan import plan_of

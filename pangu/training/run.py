@@ -13,12 +13,13 @@ from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
 from megatron_ext.watchdog import Watchdog
-from pangu.config import Config, validate_layout
+from pangu.config import Config
 from pangu.conversion.export import write_weights
 from pangu.conversion.formats import open_weights
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
 from pangu.errors import InputError, explain
+from pangu.layout import validate_layout
 from pangu.planner.memory import ACCELERATOR, CPU
 from pangu.tokenizer import PanguTokenizer
 from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, load_checkpoint

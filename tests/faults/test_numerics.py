@@ -19,9 +19,9 @@ from layouts import random_batches, small_config, start
 
 from megatron_ext.collectives import world_rank, world_size
 from megatron_ext.sharding import canonical_parameters
-from pangu.config import validate_layout
 from pangu.data.indexed import IndexedDatasetWriter
 from pangu.errors import InputError
+from pangu.layout import validate_layout
 from pangu.training.anomalies import MAX_ROLLBACKS, MAX_SKIPPED, MIN_HISTORY, Policy, decide, fault_of, loss_limit
 from pangu.training.engine import StepResult, TrainingEngine
 

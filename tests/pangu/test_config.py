@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_ext.topology import LayoutError, Topology
-from pangu.config import Config, deepspeed_config, gradient_accumulation_steps, load_config, validate_layout
+from pangu.config import Config, load_config
 from pangu.errors import InputError
+from pangu.layout import deepspeed_config, gradient_accumulation_steps, validate_layout
 
 BASE = """\
 model:

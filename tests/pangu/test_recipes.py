@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.topology import Topology
-from pangu.config import deepspeed_config, load_config, validate_layout
+from pangu.config import load_config
 from pangu.errors import InputError
+from pangu.layout import deepspeed_config, validate_layout
 
 RECIPES = Path(__file__).parents[2] / "ds_configs"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pangu.config import load_config, validate_layout
+from pangu.config import load_config
+from pangu.layout import validate_layout
 from pangu.tokenizer import PanguTokenizer
 from pangu.tokenizer_training import train_tokenizer
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from published_runs import table
 
-from pangu.config import load_config, validate_layout
+from pangu.config import load_config
+from pangu.layout import validate_layout
 from pangu.planner.profile import load_profile
 from pangu.training.report import stage_reports
 

@@ -154,7 +154,8 @@ def checkpoint(folder: str, millions: str, repeats: str) -> None:
     from megatron_ext import accelerator
     from megatron_ext.initialize import random_weights
     from megatron_ext.topology import Groups
-    from pangu.config import load_config, validate_layout
+    from pangu.config import load_config
+    from pangu.layout import validate_layout
     from pangu.training.checkpoint import Progress, load_checkpoint, save_checkpoint, verify
     from pangu.training.engine import TrainingEngine
 

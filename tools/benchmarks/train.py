@@ -239,7 +239,7 @@ def batch_of(config: Config) -> Batch:
 def _engine(arguments: argparse.Namespace, zero_stage: int) -> Step:
     from megatron_ext.initialize import random_weights
     from megatron_ext.topology import Groups
-    from pangu.config import validate_layout
+    from pangu.layout import validate_layout
     from pangu.training.engine import TrainingEngine
 
     config = settings(arguments, zero_stage)

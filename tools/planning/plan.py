@@ -15,9 +15,10 @@ from typing import Any
 from rich.console import Console
 
 from megatron_ext.topology import LayoutError, Topology
-from pangu.config import Config, load_config, parse_config, validate_layout
+from pangu.config import Config, load_config, parse_config
 from pangu.config_file import parse_yaml
 from pangu.errors import InputError
+from pangu.layout import validate_layout
 from pangu.planner.hardware import Cluster, load_cluster
 from pangu.planner.memory import ACCELERATOR, CPU, GIB
 from pangu.planner.plan import Plan, workload_of

@@ -27,12 +27,13 @@ from megatron_ext.collectives import world_size
 from megatron_ext.context import ParallelContext
 from megatron_ext.sharding import ShardSpec, canonical_parameters
 from megatron_ext.topology import Groups, Topology
-from pangu.config import ModelConfig, validate_layout
+from pangu.config import ModelConfig
 from pangu.conversion import export, huggingface
 from pangu.conversion.export import write_weights
 from pangu.conversion.huggingface import CONFIG, INDEX, TOKENIZER
 from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
 from pangu.errors import InputError
+from pangu.layout import validate_layout
 from pangu.model.model import PanguModel
 from pangu.training.engine import TrainingEngine
 

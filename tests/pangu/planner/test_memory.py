@@ -11,7 +11,8 @@ import pytest
 
 from megatron_ext import cross_entropy
 from megatron_ext.topology import Topology
-from pangu.config import ModelConfig, deepspeed_config, load_config
+from pangu.config import ModelConfig, load_config
+from pangu.layout import deepspeed_config
 from pangu.model.stages import balanced_layers
 from pangu.planner.memory import (
     ACCELERATOR,

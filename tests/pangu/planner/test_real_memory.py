@@ -16,7 +16,8 @@ from live_memory import LiveStorages, state_storages, state_tensors
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pangu.config import Config, deepspeed_config, validate_layout
+from pangu.config import Config
+from pangu.layout import deepspeed_config, validate_layout
 from pangu.planner.memory import CPU, MemoryEstimate, estimate_memory
 from pangu.planner.plan import plan_of
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pangu.config import ModelConfig, parse_config, validate_layout
+from pangu.config import ModelConfig, parse_config
+from pangu.layout import validate_layout
 from pangu.planner.hardware import Cluster, load_cluster
 from pangu.planner.memory import GIB
 from pangu.planner.plan import Workload

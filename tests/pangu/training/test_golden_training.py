@@ -16,8 +16,9 @@ from megatron_ext import accelerator
 from megatron_ext.collectives import world_size
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Groups
-from pangu.config import Config, validate_layout
+from pangu.config import Config
 from pangu.data.batches import Batch, collate
+from pangu.layout import validate_layout
 from pangu.training.engine import TrainingEngine
 from pangu.training.schedule import learning_rate
 

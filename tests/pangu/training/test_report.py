@@ -12,7 +12,8 @@ from rich.console import Console
 
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.topology import Topology
-from pangu.config import Config, validate_layout
+from pangu.config import Config
+from pangu.layout import validate_layout
 from pangu.model.block import Block
 from pangu.presets import MODEL_PRESETS, num_parameters
 from pangu.training.report import flops_per_token, print_report, stage_reports

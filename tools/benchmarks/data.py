@@ -141,8 +141,9 @@ def load(dataset: BlendedDataset, micro_batch: int, tokens: int, turn: int) -> f
 def table(result: dict[str, Any]) -> Table:
     """The result for people."""
     model, ours = result["model"], result["ours"]
+    megabytes = ours["peak_bytes, index"] / 1e6
     table = Table(
-        title=f"index of {model['documents']:,} documents: {ours['seconds, index']:.2f} s, {ours['peak_bytes, index'] / 1e6:,.0f} MB at most",
+        title=f"index of {model['documents']:,} documents: {ours['seconds, index']:.2f} s, {megabytes:,.0f} MB at most",
         caption=f"{result['device']}; samples of {model['sequence']}",
     )
     for heading in ("loading", "M tokens/s", "range"):

@@ -19,7 +19,7 @@ from pangu.errors import InputError
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from benchmarks import growth, layouts, train, workers
+from benchmarks import growth, layouts, train, workers  # noqa: E402  (the line above makes it importable)
 
 SHAPE = {"batch": 2, "sequence": 8, "layers": 2, "hidden": 64, "vocab": 50}
 STEP = {**SHAPE, "heads": 2, "repeats": 3}
@@ -88,7 +88,7 @@ def test_growth_is_compared_with_arithmetic(tmp_path: Path, monkeypatch: pytest.
     assert 1.0 < growth.exponent(result, "sequence 32", result["ours"]) < 2.0
     assert "sequence 32" in shown(growth.table(result)) and options.chart.stat().st_size > 1000
     options.chart = tmp_path / "growth.nothing"
-    with pytest.raises(InputError, match="growth.nothing: cannot be written"):
+    with pytest.raises(InputError, match=r"growth\.nothing: cannot be written"):
         growth.draw(result, options.chart)
 
 

@@ -50,8 +50,6 @@ def test_tokenizing_is_measured_next_to_the_published_tokenizer(text_options: ar
     assert result["all_ratios"][tokenize.PEER][metric] == ratios and result["ratios"][tokenize.PEER][metric] == sorted(ratios)[1] > 0
     rows = shown(tokenize.table(result))
     assert f"{result['ratios'][tokenize.PEER][metric]:.2f}x" in rows and "tokenizer's: yes" in rows
-        tokenize.table(result)
-    )
     monkeypatch.setattr(tokenize, "published", lambda model: lambda text: [0])
     assert "tokenizer's: NO, not in 10 documents" in shown(tokenize.table({**tokenize.measure(text_options), "device": "a CPU"}))
 

@@ -19,6 +19,7 @@ from pangu.errors import InputError
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import gpu_comparison  # noqa: E402  (the line above makes it importable)
 from benchmarks import growth, layouts, train, workers  # noqa: E402  (the line above makes it importable)
 
 SHAPE = {"batch": 2, "sequence": 8, "layers": 2, "hidden": 64, "vocab": 50}
@@ -106,3 +107,35 @@ def test_a_process_that_ends_is_told_and_none_is_left(capfd: pytest.CaptureFixtu
     with pytest.raises(AssertionError, match="not the same work"):
         workers.same_work({"a": workers.Course(losses=[1.0]), "b": workers.Course(losses=[1.1])}, ["a", "b"])
     assert not any(Path(f"/proc/{process.pid}").exists() for process in processes)
+
+
+def test_the_gpu_comparison_goes_on_without_a_peer_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretended(ways: list[workers.Way], repeats: int) -> dict[str, workers.Course]:
+        if ways[0].program == failing:
+            raise InputError("no memory")
+        return {ways[0].name: workers.Course([0.5] * repeats, [1.0] * repeats, 10**6)}
+
+    monkeypatch.setattr(workers, "take_turns", pretended)
+    monkeypatch.setattr(gpu_comparison, "OPTIONAL", {"torch": "torch"})
+    options = argparse.Namespace(**{**gpu_comparison.COMMON, **gpu_comparison.SHAPES["350M"]}, repeats=2, compile=False)
+    failing = "megatron"
+    result = gpu_comparison.compare(options)
+    check_form(result)
+    assert result["failed"] == [gpu_comparison.MEGATRON] and gpu_comparison.MEGATRON not in result["peers"]
+    assert result["ratios"][train.GPT2]["tokens_per_second, ZeRO-1"] == 1.0 and train.GPT2 in shown(train.table(result))
+    failing = "engine"
+    with pytest.raises(InputError, match="no memory"):
+        gpu_comparison.compare(options)
+
+
+def test_the_gpu_comparison_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_comparison.py", "--output", str(tmp_path / "gpu.json")])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(gpu_comparison, "PEERS", {"no_such.package": "no-such"})
+        gpu_comparison.main()
+    assert "error: not installed: no-such. Run pip install no-such" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_comparison.main()
+    assert "no GPU or NPU was found" in capsys.readouterr().err

@@ -17,9 +17,9 @@ In bf16 the engine is DeepSpeed's, and the plain loops run under torch.autocast.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import statistics
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -69,45 +69,45 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--heads {arguments.heads} does not divide --hidden {arguments.hidden}.")
     if not find_spec("transformers"):
         raise InputError("transformers is not installed, and this task compares with it. Install it: pip install transformers.")
-    threads = arguments.threads or len(os.sched_getaffinity(0))
-    ways = [dataclasses.replace(way, threads=threads) for way in _ways(arguments)]
-    courses = take_turns(ways, arguments.repeats)
+    courses = take_turns(every := ways(arguments), arguments.repeats)
+    return summary(every, courses, arguments)
+
+
+def ways(arguments: argparse.Namespace) -> list[Way]:
+    """What is compared; ours come first."""
+    threads, plain = arguments.threads or len(os.sched_getaffinity(0)), settings(arguments, 0)
+    found = [
+        *(Way(name, settings(arguments, stage), threads=threads) for stage, name in enumerate(OURS)),
+        Way(BARE, plain, "bare", threads=threads),
+        Way(GPT2, plain, "gpt2", threads=threads, allocator="default"),
+    ]
+    return [*found, Way(TUNED, plain, "gpt2", threads=threads, allocator="tuned")] if on_cpu() else found
+
+
+def summary(ways: Sequence[Way], courses: Mapping[str, Course], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The result of what these did."""
     if arguments.precision == "fp32" and arguments.dropout == 0.0:
         same_work(courses, [*OURS, BARE])
-    sides = {name: _summary(course, arguments) for name, course in courses.items()}
-    peers = {name: side for name, side in sides.items() if name not in OURS}
+    sides = {name: _metrics(course, arguments) for name, course in courses.items()}
     speeds = {name: side["all_tokens_per_second"] for name, side in sides.items()}
+    peers = {name: side for name, side in sides.items() if name not in OURS}
+    all_ratios = {
+        peer: {f"tokens_per_second, {name}": [own / other for own, other in zip(speeds[name], speeds[peer], strict=True)] for name in OURS}
+        for peer in peers
+    }
     result: dict[str, Any] = {
         "model": {
             **{name: getattr(arguments, name) for name in (*COUNTS, "dropout", "precision", "compile")},
-            "threads": threads,
+            "threads": ways[0].threads,
             "allocators": {way.name: way.allocator for way in ways} if on_cpu() else {},
         },
         "ours": of_ways({name: sides[name] for name in OURS}),
         "peers": peers,
-        **paired(
-            {
-                peer: {
-                    f"tokens_per_second, {name}": [own / other for own, other in zip(speeds[name], speeds[peer], strict=True)]
-                    for name in OURS
-                }
-                for peer in peers
-            }
-        ),
+        **paired(all_ratios),
     }
     for peer, side in peers.items():
         result["ratios"][peer] |= {f"peak_bytes, {name}": side["peak_bytes"] / sides[name]["peak_bytes"] for name in OURS}
     return result
-
-
-def _ways(arguments: argparse.Namespace) -> list[Way]:
-    plain = settings(arguments, 0)
-    ways = [
-        *(Way(name, settings(arguments, stage)) for stage, name in enumerate(OURS)),
-        Way(BARE, plain, "bare"),
-        Way(GPT2, plain, "gpt2", allocator="default"),
-    ]
-    return [*ways, Way(TUNED, plain, "gpt2", allocator="tuned")] if on_cpu() else ways
 
 
 def settings(arguments: argparse.Namespace, zero_stage: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def settings(arguments: argparse.Namespace, zero_stage: int) -> dict[str, Any]:
     }
 
 
-def _summary(course: Course, arguments: argparse.Namespace) -> dict[str, Any]:
+def _metrics(course: Course, arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_ext import accelerator
     from pangu.config import Config
     from pangu.training.report import flops_per_token

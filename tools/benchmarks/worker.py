@@ -89,6 +89,36 @@ def gpt2(config: Config) -> Step:
     return plain_loop(config, model, fused_adamw(config, model), lambda batch: model(input_ids=batch[0], labels=batch[0]).loss)
 
 
+def megatron(config: Config) -> Step:
+    """megatron-core's GPT of equal shape with its local layers, those that need neither Transformer Engine nor apex."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.parallel_state import initialize_model_parallel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    shape = config.model
+    initialize_model_parallel()
+    model_parallel_cuda_manual_seed(config.train.seed)
+    settings = TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        hidden_dropout=shape.hidden_dropout,
+        attention_dropout=shape.attention_dropout,
+    )
+    model = GPTModel(settings, get_gpt_layer_local_spec(), shape.vocab_size, shape.max_positions, share_embeddings_and_output_weights=True)
+    model = model.to(accelerator.device())
+
+    def loss_of(batch: list[torch.Tensor]) -> torch.Tensor:
+        tokens, position_ids, labels, loss_mask = batch
+        mask = torch.ones(1, 1, *tokens.shape[-1:] * 2, dtype=torch.bool, device=tokens.device).triu(1)  # true: not seen
+        losses = model(tokens, position_ids, mask, labels=labels)
+        return (losses * loss_mask).sum() / loss_mask.sum()
+
+    return plain_loop(config, model, fused_adamw(config, model), loss_of)
+
+
 def fused_adamw(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     """torch's, with the settings of the run."""
     own = config.optimizer
@@ -130,7 +160,7 @@ def plain_loop(
     return step
 
 
-PROGRAMS: dict[str, Callable[[Config], Step]] = {"engine": engine, "bare": bare, "gpt2": gpt2}
+PROGRAMS: dict[str, Callable[[Config], Step]] = {"engine": engine, "bare": bare, "gpt2": gpt2, "megatron": megatron}
 
 
 @exit_code

@@ -58,9 +58,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from benchmarks import train
     from benchmarks.machine import describe
-    from benchmarks.workers import Course, Way, on_cpu, take_turns
+    from benchmarks.workers import Course, Way, take_turns
 
-    from megatron_ext import accelerator
     from pangu.errors import InputError
 
     ways = train.ways(arguments)
@@ -76,8 +75,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 raise
             failed.append(way.name)
             print(error, file=sys.stderr, flush=True)
-    device = describe() if on_cpu() else accelerator.device_name()
-    return {"task": "train", "device": device, "failed": failed, **train.summary(ways, courses, arguments)}
+    return {"task": "train", "device": describe(), "failed": failed, **train.summary(ways, courses, arguments)}
 
 
 def main() -> None:

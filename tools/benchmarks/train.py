@@ -86,6 +86,8 @@ def ways(arguments: argparse.Namespace) -> list[Way]:
 
 def summary(ways: Sequence[Way], courses: Mapping[str, Course], arguments: argparse.Namespace) -> dict[str, Any]:
     """The result of what these did."""
+    from megatron_ext import accelerator
+
     if arguments.precision == "fp32" and arguments.dropout == 0.0:
         same_work(courses, [*OURS, BARE])
     sides = {name: _metrics(course, arguments) for name, course in courses.items()}
@@ -96,6 +98,7 @@ def summary(ways: Sequence[Way], courses: Mapping[str, Course], arguments: argpa
         for peer in peers
     }
     result: dict[str, Any] = {
+        **({} if on_cpu() else {"device": accelerator.device_name()}),
         "model": {
             **{name: getattr(arguments, name) for name in (*COUNTS, "dropout", "precision", "compile")},
             "threads": ways[0].threads,

@@ -6,13 +6,20 @@
     python tools/benchmark.py score
     python tools/benchmark.py train
     python tools/benchmark.py layouts --only tensor
+    python tools/benchmark.py growth --chart growth.png
     python tools/benchmark.py tokenize --tokenizer tokenizer/ --text corpus.txt
     python tools/benchmark.py preprocess --workers 8
     python tools/benchmark.py data
     python tools/benchmark.py startup
 
-prints a table, or with --json one object: `task`, `device`, `ours`, `peers`, `ratios`. A ratio above 1 means that this project is better.
-What is being done goes to standard error.
+prints a table, or with --json one object of this form:
+
+    {"task": ..., "device": ..., "ours": {METRIC: value}, "peers": {PEER: {METRIC: value}}, "ratios": {PEER: {METRIC: value}}}
+
+A value is a number. Where a job is done in several ways, a metric is named "METRIC, WAY": "peak_bytes, ZeRO-1". A ratio has the name of the
+metric of ours, and compares it with that metric of the peer, or with the peer's METRIC if the peer has one way only; above 1 means that
+this project is better. `all_METRIC` has every turn's value, in a list, and `all_ratios` those of a ratio. `peers` and `ratios` are empty
+where nothing is compared. Other keys say what was measured. What is being done goes to standard error.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks import convert, data, generate, layouts, preprocess, score, startup, tokenize, train
+from benchmarks import convert, data, generate, growth, layouts, preprocess, score, startup, tokenize, train
 from benchmarks.machine import describe
 from rich.console import Console
 
@@ -36,6 +43,7 @@ TASKS = {
     "startup": startup,
     "train": train,
     "layouts": layouts,
+    "growth": growth,
 }
 """Each is a module with `add_arguments(parser)`, `measure(arguments)`, which gives `ours`, `peers` and `ratios`, and `table(result)`."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from result_form import check_form
 from rich.console import Console
 from small_model import write_model
 
@@ -23,7 +24,7 @@ from pangu.tokenizer_training import train_tokenizer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from benchmarks import convert, generate, machine, score, train, turns  # noqa: E402  (the line above makes it importable)
+from benchmarks import convert, generate, machine, score, turns  # noqa: E402  (the line above makes it importable)
 
 STEPS = ["mindspore -> huggingface", "huggingface -> megatron", "megatron -> mindspore"]
 
@@ -39,10 +40,11 @@ def test_conversions_are_measured_next_to_copies(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["task"] == "convert" and "cores" in result["device"]
     assert result["model"]["largest_tensor_bytes"] == 40000 * 1024 * 2 < result["model"]["bytes"]
-    assert list(result["ours"]) == list(result["peers"]["copy"]) == STEPS
+    check_form(result)
     for step in STEPS:
-        ours, copied = result["ours"][step], result["peers"]["copy"][step]
-        assert result["ratios"][f"speed, {step}"] == copied["seconds"] / ours["seconds"] > 0
+        ours = {metric: value for name, value in result["ours"].items() for metric, _, way in [name.partition(", ")] if way == step}
+        copied = result["peers"]["copy"][f"seconds, {step}"]
+        assert result["ratios"]["copy"][f"seconds, {step}"] == copied / ours["seconds"] > 0
         # The table of words is read whole by each of them, and nothing else is of its size.
         assert 1 <= ours["over_baseline_bytes"] / result["model"]["largest_tensor_bytes"] < 1.6
         assert ours["peak_bytes"] - ours["baseline_bytes"] == ours["over_baseline_bytes"] >= ours["anonymous_over_baseline_bytes"]
@@ -50,7 +52,7 @@ def test_conversions_are_measured_next_to_copies(tmp_path: Path) -> None:
     console = Console(width=80, record=True)
     console.print(convert.table(result))
     rows = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.startswith("│")}
-    assert f"{result['ours'][STEPS[2]]['over_baseline_bytes'] / 1e6:,.0f}" in rows["over the baseline, MB"]
+    assert f"{result['ours'][f'over_baseline_bytes, {STEPS[2]}'] / 1e6:,.0f}" in rows["over the baseline, MB"]
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,15 +126,16 @@ def test_generation_is_measured_in_turns_next_to_gpt2() -> None:
     result = json.loads(done.stdout)
     assert result["same_ids_as_recomputation"] is True
     assert result["model"] == {**SMALL, "threads": 1, "clock": "processor"}
-    peer = result["peers"]["transformers GPT-2"]["all_tokens_per_second"]
+    check_form(result)
+    peer = result["peers"][turns.PEER]["all_tokens_per_second"]
     assert len(peer) == 3
     for name in ("fp32", "int8"):
-        own = result["ours"][name]["all_tokens_per_second"]
+        own = result["ours"][f"all_tokens_per_second, {name}"]
         ratios = sorted(one / other for one, other in zip(own, peer, strict=True))
-        assert result["ratios"][f"speed, {name}"] == ratios[1] > 0
+        assert result["ratios"][turns.PEER][f"tokens_per_second, {name}"] == ratios[1] > 0
     console = Console(width=80, record=True)
     console.print(generate.table(result))
-    assert f"{result['ratios']['speed, fp32']:.2f}x" in console.export_text()
+    assert f"{result['ratios'][turns.PEER]['tokens_per_second, fp32']:.2f}x" in console.export_text()
 
 
 def test_a_peer_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,14 +154,15 @@ def test_scoring_is_measured_in_turns_next_to_gpt2() -> None:
     options = argparse.Namespace(**sizes, threads=None, cpu_time=False)
     result = {**score.measure(options), "device": "a CPU"}
     assert 0 <= result["largest_difference"] < 1e-3
-    assert list(result["ours"]) == ["suffix", "full"]
-    for name, own in result["ours"].items():
-        peer = result["peers"][f"GPT-2, {name}"]["all_tokens_per_second"]
-        ratios = sorted(one / other for one, other in zip(own["all_tokens_per_second"], peer, strict=True))
-        assert result["ratios"][f"speed, {name}"] == ratios[1] > 0
+    check_form(result)
+    for name in ("suffix", "full"):
+        own, peer = (side[f"all_tokens_per_second, {name}"] for side in (result["ours"], result["peers"][turns.PEER]))
+        ratios = sorted(one / other for one, other in zip(own, peer, strict=True))
+        assert result["ratios"][turns.PEER][f"tokens_per_second, {name}"] == ratios[1] > 0
     console = Console(width=80, record=True)
     console.print(score.table(result))
-    assert f"{result['ratios']['speed, full']:.2f}x" in console.export_text()
+    shown = console.export_text()
+    assert f"{result['ratios'][turns.PEER]['tokens_per_second, full']:.2f}x" in shown and f"{turns.PEER}, full" in shown
     for changed, message in (({"suffix": 10}, "--suffix 10"), ({"batch_tokens": 0}, "--batch-tokens 0")):
         with pytest.raises(InputError, match=message):
             score.measure(argparse.Namespace(**vars(options) | changed))
@@ -181,11 +185,12 @@ def test_exactness_of_8_bit_weights(tmp_path: Path) -> None:
     write_model(tmp_path / "weights", train_tokenizer([corpus], 30, tmp_path / "tokenizer").path)
     options = argparse.Namespace(**SMALL, threads=None, weights=tmp_path / "weights", text=corpus)
     result = {**generate.measure(options), "device": "a CPU"}
-    assert 0 < abs(1 - result["ratios"]["fp32's perplexity over int8's"]) < 0.2
-    assert 0.8 < result["ratios"]["same likeliest token"] <= 1
+    check_form(result)
+    ratios = result["ratios"][generate.EXACT]
+    assert 0 < abs(1 - ratios["perplexity"]) < 0.2 and 0.8 < ratios["same_likeliest_token"] <= 1
     console = Console(width=80, record=True)
     console.print(generate.table(result))
-    assert f"{result['ours']['int8']['perplexity']:.4f}" in console.export_text()
+    assert f"{result['ours']['perplexity']:.4f}" in console.export_text()
     for changed, message in (({"text": None}, "go together"), ({"text": tmp_path / "missing"}, "cannot be read as UTF-8")):
         with pytest.raises(InputError, match=message):
             generate.measure(argparse.Namespace(**vars(options) | changed))
@@ -196,38 +201,3 @@ def test_turns_alternate_and_the_first_is_not_counted() -> None:
     speeds = turns.take_turns({name: lambda name=name: order.append(name) for name in "abc"}, 2, 10, iter(range(99)).__next__)
     assert "".join(order) == "cbaabccba"
     assert speeds == {name: [10.0, 10.0] for name in "abc"}
-
-
-STEP = {"batch": 2, "sequence": 8, "layers": 2, "hidden": 16, "heads": 2, "vocab": 50, "repeats": 3}
-
-
-def test_training_is_measured_in_turns_and_alone_next_to_gpt2() -> None:
-    words = [word for name, value in STEP.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, ROOT / "tools/benchmark.py", "train", "--json", "--threads", "1", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["model"].items() >= {**STEP, "dropout": 0.0, "precision": "fp32", "threads": 1}.items()
-    sides = {**result["ours"], **result["peers"]}
-    assert list(sides) == list(train.NAMES)
-    every = {name: sides[name]["all_tokens_per_second"] for name in train.NAMES}
-    for label, first, second in (
-        (f"speed, {train.OURS}", train.OURS, train.PEER),
-        (f"{train.SHARDED} over {train.BARE}", train.SHARDED, train.BARE),
-    ):
-        assert len(every[first]) == 3
-        assert result["ratios"][label] == sorted(one / other for one, other in zip(every[first], every[second], strict=True))[1] > 0
-    alone = {name: sides[name]["alone, default allocator"] for name in (train.OURS, train.PEER)}
-    assert result["ratios"]["memory"] == alone[train.PEER]["peak_bytes"] / alone[train.OURS]["peak_bytes"]
-    assert all(50 * 2**20 < one["peak_bytes"] < 2 * 2**30 for one in alone.values())
-    assert "alone, tuned allocator" in sides[train.PEER]
-    console = Console(width=80, record=True)
-    console.print(train.table(result))
-    assert f"{result['ratios'][f'speed, {train.OURS}']:.2f}x" in console.export_text()
-
-
-def test_impossible_steps_are_refused() -> None:
-    options = {**STEP, "threads": None, "dropout": 0.0}
-    for changed in ({"batch": 0}, {"dropout": 1.0}, {"heads": 3}):
-        with pytest.raises(InputError, match=f"--{next(iter(changed))} "):
-            train.measure(argparse.Namespace(**options | changed))

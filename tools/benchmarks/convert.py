@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from benchmarks.machine import Usage, watch
+from benchmarks.results import of_ways
 from pangu.errors import InputError
 from pangu.files import remove, sync
 from pangu.presets import MODEL_PRESETS
@@ -90,9 +91,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "bytes": sum(sizes),
             "largest_tensor_bytes": max(sizes),
         },
-        "ours": ours,
-        "peers": {"copy": copies},
-        "ratios": {f"speed, {step}": copies[step]["seconds"] / ours[step]["seconds"] for step in ours},
+        "ours": of_ways(ours),
+        "peers": {"copy": of_ways(copies)},
+        "ratios": {"copy": {f"seconds, {step}": copies[step]["seconds"] / ours[step]["seconds"] for step in ours}},
     }
 
 
@@ -215,24 +216,25 @@ def _say(line: str) -> None:
 
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a column for each conversion."""
-    model, ours, copies, ratios = result["model"], result["ours"], result["peers"]["copy"], result["ratios"]
+    model, ours, copies, ratios = result["model"], result["ours"], result["peers"]["copy"], result["ratios"]["copy"]
+    steps = [f"{before} -> {after}" for before, after, _ in STEPS]
     table = Table(
         title=f"{model['preset']}, num_layers {model['layers']}, {model['dtype']}: {model['bytes'] / 1e9:.2f} GB, "
         f"largest tensor {model['largest_tensor_bytes'] / 1e6:,.0f} MB\nthe round trip gives the same bytes",
         caption=result["device"],
     )
     table.add_column("", no_wrap=True)
-    for step in ours:
+    for step in steps:
         table.add_column(step.replace(" -> ", "\n-> "), justify="right", no_wrap=True)
-    table.add_row("seconds", *(f"{ours[step]['seconds']:.1f}" for step in ours))
-    table.add_row("copy, seconds", *(f"{copies[step]['seconds']:.1f}" for step in ours))
-    table.add_row("speed of copying", *(f"{ratios[f'speed, {step}']:.2f}x" for step in ours))
-    table.add_row("MB/s", *(f"{model['bytes'] / 1e6 / ours[step]['seconds']:,.0f}" for step in ours))
+    table.add_row("seconds", *(f"{ours[f'seconds, {step}']:.1f}" for step in steps))
+    table.add_row("copy, seconds", *(f"{copies[f'seconds, {step}']:.1f}" for step in steps))
+    table.add_row("speed of copying", *(f"{ratios[f'seconds, {step}']:.2f}x" for step in steps))
+    table.add_row("MB/s", *(f"{model['bytes'] / 1e6 / ours[f'seconds, {step}']:,.0f}" for step in steps))
     for name, key in (
         ("peak resident, MB", "peak_bytes"),
         ("import baseline, MB", "baseline_bytes"),
         ("over the baseline, MB", "over_baseline_bytes"),
         ("of it no file's, MB", "anonymous_over_baseline_bytes"),
     ):
-        table.add_row(name, *(f"{ours[step][key] / 1e6:,.0f}" for step in ours))
+        table.add_row(name, *(f"{ours[f'{key}, {step}'] / 1e6:,.0f}" for step in steps))
     return table

@@ -24,6 +24,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.machine import watch
+from benchmarks.results import median_and_all, of_ways
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             dataset = opened(str(prefix), arguments.sequence)
             for size in MICRO_BATCHES:
                 speeds = [load(dataset, size, arguments.tokens // 10, turn) for turn in range(arguments.repeats + 1)][1:]
-                loading[f"{kind}, micro-batch {size}"] = {"tokens_per_second": statistics.median(speeds), "all_tokens_per_second": speeds}
+                loading[f"{kind}, micro-batch {size}"] = median_and_all("tokens_per_second", speeds)
                 print(f"{kind}, micro-batch {size}: {statistics.median(speeds) / 1e6:.1f} M tokens/s", file=sys.stderr, flush=True)
         prefix = Path(name) / "index"
         write(prefix, arguments.documents, KINDS["messages"])
@@ -80,9 +81,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if failed := [run for run in runs if run.exit_code]:
         raise InputError(f"the index could not be built: {(failed[0].errors.strip().splitlines() or ['no message'])[-1]}")
     seconds = [float(run.errors.split()[-1]) for run in runs]
-    index = {"documents": arguments.documents, "seconds": statistics.median(seconds), "all_seconds": seconds}
-    index["peak_bytes"] = max(run.peak_bytes for run in runs)
-    return {"model": {"sequence": arguments.sequence}, "ours": {"loading": loading, "index": index}, "peers": {}, "ratios": {}}
+    index = {**median_and_all("seconds", seconds), "peak_bytes": max(run.peak_bytes for run in runs)}
+    return {
+        "model": {"sequence": arguments.sequence, "documents": arguments.documents, "loading": list(loading)},
+        "ours": of_ways({**loading, "index": index}),
+        "peers": {},
+        "ratios": {},
+    }
 
 
 def write(prefix: Path, documents: int, length: int) -> None:
@@ -135,14 +140,15 @@ def load(dataset: BlendedDataset, micro_batch: int, tokens: int, turn: int) -> f
 
 def table(result: dict[str, Any]) -> Table:
     """The result for people."""
-    index = result["ours"]["index"]
+    model, ours = result["model"], result["ours"]
+    megabytes = ours["peak_bytes, index"] / 1e6
     table = Table(
-        title=f"index of {index['documents']:,} documents: {index['seconds']:.2f} s, {index['peak_bytes'] / 1e6:,.0f} MB at most",
-        caption=f"{result['device']}; samples of {result['model']['sequence']}",
+        title=f"index of {model['documents']:,} documents: {ours['seconds, index']:.2f} s, {megabytes:,.0f} MB at most",
+        caption=f"{result['device']}; samples of {model['sequence']}",
     )
     for heading in ("loading", "M tokens/s", "range"):
         table.add_column(heading, justify="left" if heading == "loading" else "right", no_wrap=True)
-    for name, one in result["ours"]["loading"].items():
-        every = one["all_tokens_per_second"]
-        table.add_row(name, f"{one['tokens_per_second'] / 1e6:.1f}", f"{min(every) / 1e6:.1f} .. {max(every) / 1e6:.1f}")
+    for name in model["loading"]:
+        every = ours[f"all_tokens_per_second, {name}"]
+        table.add_row(name, f"{ours[f'tokens_per_second, {name}'] / 1e6:.1f}", f"{min(every) / 1e6:.1f} .. {max(every) / 1e6:.1f}")
     return table

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pangu.inference.generation import TextGenerator
     from pangu.model.model import PanguModel
 
+EXACT = "fp32 weights"
 COUNTS = {
     "batch": (1, "prompts computed at once"),
     "prompt": (64, "tokens of each prompt"),
@@ -137,15 +138,15 @@ def exactness(weights: Path, text: Path) -> dict[str, Any]:
     perplexity = {name: math.exp(total / count) for name, total in loss.items()}
     return {
         "model": {"weights": str(weights), "text": str(text), "tokens": count},
-        "ours": {name: {"perplexity": value} for name, value in perplexity.items()},
-        "peers": {},
-        "ratios": {"fp32's perplexity over int8's": perplexity["fp32"] / perplexity["int8"], "same likeliest token": same / count},
+        "ours": {"perplexity": perplexity["int8"], "same_likeliest_token": same / count},
+        "peers": {EXACT: {"perplexity": perplexity["fp32"], "same_likeliest_token": 1.0}},
+        "ratios": {EXACT: {"perplexity": perplexity["fp32"] / perplexity["int8"], "same_likeliest_token": same / count}},
     }
 
 
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each way to decode."""
-    if not result["peers"]:
+    if EXACT in result["peers"]:
         return _exactness_table(result)
     model = result["model"]
     return turns.speed_table(
@@ -157,10 +158,10 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _exactness_table(result: dict[str, Any]) -> Table:
-    model, same = result["model"], result["ratios"]["same likeliest token"]
+    model, same = result["model"], result["ours"]["same_likeliest_token"]
     table = Table(title=f"{model['tokens']:,} tokens; the likeliest token is the same for {same:.2%}", caption=result["device"])
     table.add_column("weights")
     table.add_column("perplexity", justify="right")
-    for name, one in result["ours"].items():
+    for name, one in (("8 bits", result["ours"]), (EXACT, result["peers"][EXACT])):
         table.add_row(name, f"{one['perplexity']:.4f}")
     return table

@@ -22,9 +22,11 @@ from rich.table import Table
 
 from benchmarks import prose
 from benchmarks.machine import watch
+from benchmarks.results import of_ways
 from pangu.errors import InputError
 
 TOOL = Path(__file__).parents[1] / "preprocess_data.py"
+ONE = "one worker"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,12 +71,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if not filecmp.cmp(folder / f"{workers}{suffix}", folder / f"1{suffix}", shallow=False):
                     raise AssertionError(f"{workers} workers and one wrote another {suffix}")
     described = prose.describe(arguments, texts)
-    ours = {str(workers): _summary(seconds[workers], memory[workers], described) for workers in counts}
+    found = {workers: _summary(seconds[workers], memory[workers], described) for workers in counts}
+    one = found.pop(1)
     return {
         "text": described,
-        "ours": ours,
-        "peers": {"one worker": ours["1"]},
-        "ratios": {f"speed, {workers} workers": ours["1"]["seconds"] / ours[str(workers)]["seconds"] for workers in counts if workers > 1},
+        "ours": of_ways({f"{workers} workers": more for workers, more in found.items()}),
+        "peers": {ONE: one},
+        "ratios": {ONE: {f"seconds, {workers} workers": one["seconds"] / more["seconds"] for workers, more in found.items()}},
     }
 
 
@@ -112,10 +115,12 @@ def table(result: dict[str, Any]) -> Table:
     )
     for heading in ("workers", "seconds", "range", "documents/s", "MB/s", "speed", "memory, MB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for workers, one in result["ours"].items():
-        speed = result["ratios"].get(f"speed, {workers} workers", 1.0)
+    ways = [metric.removeprefix("seconds, ") for metric in result["ours"] if metric.startswith("seconds, ")]
+    sides = {ONE: result["peers"][ONE], **{way: {key: result["ours"][f"{key}, {way}"] for key in result["peers"][ONE]} for way in ways}}
+    for way, one in sides.items():
+        speed = result["ratios"][ONE].get(f"seconds, {way}", 1.0)
         table.add_row(
-            workers,
+            "1" if way == ONE else way.removesuffix(" workers"),
             f"{one['seconds']:.2f}",
             f"{min(one['all_seconds']):.2f} .. {max(one['all_seconds']):.2f}",
             f"{one['documents_per_second']:,.0f}",

@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Callable[[], list[Score]]] = {}
     for name, some in spans.items():
         runs[name] = partial(scorer.score, some)
-        runs[f"GPT-2, {name}"] = partial(peer_scores, peer, some, arguments.batch_tokens)
+        runs[f"{turns.PEER}, {name}"] = partial(peer_scores, peer, some, arguments.batch_tokens)
     furthest = max(
         abs(score.log_likelihood - right)
         for name, some in spans.items()
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": model,
         "largest_difference": furthest,
-        **turns.compare(runs, {name: f"GPT-2, {name}" for name in spans}, sum(lengths), arguments),
+        **turns.compare(runs, {name: f"{turns.PEER}, {name}" for name in spans}, sum(lengths), arguments),
     }
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.convert import copy
+from benchmarks.results import median_and_all
 from pangu.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -62,18 +63,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             starts.append(_child(folder, "start", str(time.monotonic()), str(folder / f"run-{repeat}")))
             print(f"start {repeat + 1} of {arguments.repeats}: {sum(starts[-1].values()):.2f} s", file=sys.stderr, flush=True)
         saved = _child(folder, "checkpoint", str(arguments.parameters), str(arguments.repeats))
-    phases = {phase: statistics.median(start[phase] for start in starts) for phase in PHASES}
-    seconds, torch_seconds = statistics.median(sum(start.values()) for start in starts), statistics.median(imports)
+    starts_seconds = [sum(start.values()) for start in starts]
+    seconds, torch_seconds = statistics.median(starts_seconds), statistics.median(imports)
     speed = {what: saved["bytes"] / statistics.median(saved[what]) for what in ("save", "verify", "load", "copy")}
     return {
+        "model": {"checkpoint_bytes": saved["bytes"]},
         "ours": {
-            "start": {"seconds": seconds, "all_seconds": [sum(start.values()) for start in starts], "phases": phases},
-            "checkpoint": {"bytes": saved["bytes"], **{f"{what}_bytes_per_second": speed[what] for what in ("save", "verify", "load")}},
+            **median_and_all("seconds", starts_seconds),
+            **{f"seconds, {phase}": statistics.median(start[phase] for start in starts) for phase in PHASES},
+            **{f"bytes_per_second, {what}": speed[what] for what in ("save", "verify", "load")},
         },
         "peers": {"import torch": {"seconds": torch_seconds}, "copy": {"bytes_per_second": speed["copy"]}},
         "ratios": {
-            "import torch over the start": torch_seconds / seconds,
-            **{f"{what} over copy": speed[what] / speed["copy"] for what in ("save", "load")},
+            "import torch": {"seconds": torch_seconds / seconds},
+            "copy": {f"bytes_per_second, {what}": speed[what] / speed["copy"] for what in ("save", "load")},
         },
     }
 
@@ -185,16 +188,16 @@ def checkpoint(folder: str, millions: str, repeats: str) -> None:
 
 def table(result: dict[str, Any]) -> Table:
     """The result for people."""
-    start, saved, peers = result["ours"]["start"], result["ours"]["checkpoint"], result["peers"]
+    ours, peers = result["ours"], result["peers"]
     table = Table(title="one start of ds_configs/quickstart.yaml, one checkpoint", caption=result["device"])
     for heading in ("", "", "peer"):
         table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
     for phase in PHASES:
         peer = f"import torch {peers['import torch']['seconds']:.2f} s" if phase == "imports" else ""
-        table.add_row(phase, f"{start['phases'][phase]:.2f} s", peer)
-    table.add_row("command to first step", f"{start['seconds']:.2f} s", "", end_section=True)
-    table.add_row("checkpoint", f"{saved['bytes'] / 1e6:,.0f} MB", "")
+        table.add_row(phase, f"{ours[f'seconds, {phase}']:.2f} s", peer)
+    table.add_row("command to first step", f"{ours['seconds']:.2f} s", "", end_section=True)
+    table.add_row("checkpoint", f"{result['model']['checkpoint_bytes'] / 1e6:,.0f} MB", "")
     for what in ("save", "verify", "load"):
         peer = f"copy {peers['copy']['bytes_per_second'] / 1e6:,.0f} MB/s" if what == "save" else ""
-        table.add_row(what, f"{saved[f'{what}_bytes_per_second'] / 1e6:,.0f} MB/s", peer)
+        table.add_row(what, f"{ours[f'bytes_per_second, {what}'] / 1e6:,.0f} MB/s", peer)
     return table

@@ -22,6 +22,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import prose
+from benchmarks.results import median_and_all, paired
 from pangu.errors import InputError
 
 PEER = "published"
@@ -68,10 +69,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "tokens": tokens,
         "documents_with_other_ids": different,
-        "ours": _summary(speeds["ours"]),
-        "peers": {PEER: _summary(speeds[PEER])},
-        "ratios": {"speed": statistics.median(ratios)},
-        "all_ratios": {"speed": ratios},
+        "ours": median_and_all("characters_per_second", speeds["ours"]),
+        "peers": {PEER: median_and_all("characters_per_second", speeds[PEER])},
+        **paired({PEER: {"characters_per_second": ratios}}),
     }
 
 
@@ -94,10 +94,6 @@ def _timed(encode: Encode, texts: list[str]) -> tuple[list[list[int]], float]:
     return ids, time.perf_counter() - began
 
 
-def _summary(speeds: list[float]) -> dict[str, Any]:
-    return {"characters_per_second": statistics.median(speeds), "all_characters_per_second": speeds}
-
-
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each tokenizer."""
     text, different = result["text"], result["documents_with_other_ids"]
@@ -110,7 +106,7 @@ def table(result: dict[str, Any]) -> Table:
     for heading in ("", "M chars/s", "range", "speed-up", "range"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, one in {"ours": result["ours"], **result["peers"]}.items():
-        every, own = one["all_characters_per_second"], result["all_ratios"]["speed"] if name == "ours" else []
+        every, own = one["all_characters_per_second"], result["all_ratios"][PEER]["characters_per_second"] if name == "ours" else []
         table.add_row(
             name,
             f"{one['characters_per_second'] / 1e6:.2f}",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from benchmarks.results import median_and_all, of_ways, paired
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -138,35 +139,39 @@ def compare(runs: dict[str, Callable[[], Any]], peers: Mapping[str, str], num_to
     """Let them take turns; give `ours`, `peers`, `ratios` and `all_ratios`.
 
     Args:
-        runs: what to measure, by name.
-        peers: the name of its peer for each of ours; a peer may serve several.
+        runs: what to measure, by name: ours, and the `PEER`; or the peer's way to do what one of ours does, `PEER, way`.
+        peers: the run of the peer for each of ours; one may serve several.
         num_tokens: of each run.
         arguments: how often, by which clock.
     """
     speeds = take_turns(runs, arguments.repeats, num_tokens, time.process_time if arguments.cpu_time else time.perf_counter)
-    ratios = {name: [one / other for one, other in zip(speeds[name], speeds[peer], strict=True)] for name, peer in peers.items()}
-    summaries = {name: {"tokens_per_second": statistics.median(every), "all_tokens_per_second": every} for name, every in speeds.items()}
-    return {
-        "ours": {name: summaries[name] for name in peers},
-        "peers": {name: summaries[name] for name in speeds if name not in peers},
-        "ratios": {f"speed, {name}": statistics.median(values) for name, values in ratios.items()},
-        "all_ratios": {f"speed, {name}": values for name, values in ratios.items()},
+    ratios = {
+        f"tokens_per_second, {name}": [one / other for one, other in zip(speeds[name], speeds[peer], strict=True)]
+        for name, peer in peers.items()
     }
+    summaries = {name: median_and_all("tokens_per_second", every) for name, every in speeds.items()}
+    theirs = {
+        metric.replace(f", {PEER}", ""): value
+        for metric, value in of_ways({name: summaries[name] for name in dict.fromkeys(peers.values())}).items()
+    }
+    return {"ours": of_ways({name: summaries[name] for name in peers}), "peers": {PEER: theirs}, **paired({PEER: ratios})}
 
 
 def speed_table(result: dict[str, Any], title: str) -> Table:
     """Speeds and speed-ups for people: a row for each way."""
-    model, ratios = result["model"], result["all_ratios"]
+    model, ratios = result["model"], result["all_ratios"][PEER]
     table = Table(title=title, caption=f"{result['device']}; {model['threads']} threads, {model['clock']} time")
     for heading in ("", "tokens/s", "range", "speed-up", "range"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, one in {**result["ours"], **result["peers"]}.items():
-        every, own = one["all_tokens_per_second"], ratios.get(f"speed, {name}")
-        table.add_row(
-            name,
-            f"{one['tokens_per_second']:.1f}",
-            f"{min(every):.1f} .. {max(every):.1f}",
-            f"{statistics.median(own):.2f}x" if own else "",
-            f"{min(own):.2f} .. {max(own):.2f}" if own else "",
-        )
+    for side, metrics in (("", result["ours"]), (PEER, result["peers"][PEER])):
+        for metric in (name for name in metrics if name.startswith("tokens_per_second")):
+            every, own = metrics[f"all_{metric}"], [] if side else ratios[metric]
+            way = metric.removeprefix("tokens_per_second").removeprefix(", ")
+            table.add_row(
+                ", ".join(filter(None, [side, way])),
+                f"{metrics[metric]:.1f}",
+                f"{min(every):.1f} .. {max(every):.1f}",
+                f"{statistics.median(own):.2f}x" if own else "",
+                f"{min(own):.2f} .. {max(own):.2f}" if own else "",
+            )
     return table

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.collectives import all_reduce, all_reduce_max
+from megatron_ext.matmul import add_product_, product
 from megatron_ext.topology import Group
 
 CHUNK_LOGITS = 2**25
@@ -73,8 +74,11 @@ def linear_cross_entropy(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask
     """
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(x_NH, weight_VH, labels_N, mask_N, vocab_size, group)
-    chunks = _chunks(x_NH, weight_VH, labels_N, vocab_size, group)
-    return _masked_mean(torch.cat([loss_C for _, loss_C, _ in chunks]), mask_N)
+
+    def losses(part: slice) -> Tensor:
+        return _losses(x_NH[part], weight_VH, labels_N[part], vocab_size, group)[0]
+
+    return _masked_mean(torch.cat([losses(part) for part in _parts(len(x_NH), len(weight_VH))]), mask_N)
 
 
 def _masked_mean(loss_N: Tensor, mask_N: Tensor) -> Tensor:
@@ -85,39 +89,36 @@ def _count(mask_N: Tensor) -> Tensor:
     return mask_N.float().sum().clamp(min=1.0)
 
 
-def _chunks(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, vocab_size: int, group: Group) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of each chunk: where it is, its losses [C], and their gradient [C, V/T] in fp32, which the next chunk overwrites."""
-    num_tokens, width = len(x_NH), len(weight_VH)
-    num_chunks = max(1, -(-num_tokens * width // CHUNK_LOGITS))
-    size = max(1, -(-num_tokens // num_chunks))
-    logits_CV = x_NH.new_empty(size, width)
-    for begin in range(0, num_tokens, size):
-        part = slice(begin, min(begin + size, num_tokens))
-        scores_CV = torch.mm(x_NH[part], weight_VH.t(), out=logits_CV[: part.stop - begin]).float()
-        yield part, *cross_entropy_(scores_CV, labels_N[part], vocab_size=vocab_size, group=group)
+def _parts(num_tokens: int, width: int) -> Iterator[slice]:
+    """Cut the tokens into chunks of about equal size, with no more than `CHUNK_LOGITS` logits each."""
+    size = max(1, -(-num_tokens // max(1, -(-num_tokens * width // CHUNK_LOGITS))))
+    return (slice(begin, min(begin + size, num_tokens)) for begin in range(0, num_tokens, size))
+
+
+def _losses(x_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, vocab_size: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Losses of a chunk [C], and their gradients with respect to the logits [C, V/T], fp32."""
+    return cross_entropy_(product(x_CH, weight_VH.t()).float(), labels_C, vocab_size=vocab_size, group=group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask_N: Tensor, vocab_size: int, group: Group) -> Tensor:
         grad_x_NH = torch.empty_like(x_NH)
-        grad_weight_VH = torch.empty_like(weight_VH, dtype=torch.float32)
-        losses = []
-        for part, loss_C, gradient_CV in _chunks(x_NH, weight_VH, labels_N, vocab_size, group):
-            losses.append(loss_C)
+        # Transposed: so the product is the faster of the two, and the copy that turns it back also casts it.
+        grad_weight_HV = torch.empty_like(weight_VH.t(), dtype=torch.float32, memory_format=torch.contiguous_format)
+
+        def losses(part: slice) -> Tensor:  # a function, so that nothing of a chunk is there when the next begins
+            x_CH, mask_C1 = x_NH[part], mask_N[part].to(x_NH.dtype).unsqueeze(-1)
+            loss_C, gradient_CV = _losses(x_CH, weight_VH, labels_N[part], vocab_size, group)
             gradient_CV = gradient_CV.to(x_NH.dtype)
-            mask_C1 = mask_N[part].to(x_NH.dtype).unsqueeze(-1)
             # The mask is applied where it is cheap, to H numbers a token instead of V.
-            torch.mm(gradient_CV, weight_VH, out=grad_x_NH[part]).mul_(mask_C1)
-            is_later = int(part.start > 0)  # the first chunk writes what later ones add to
-            if x_NH.dtype == torch.float32:
-                grad_weight_VH.addmm_(gradient_CV.t(), x_NH[part] * mask_C1, beta=is_later)
-            elif is_later:
-                grad_weight_VH += gradient_CV.t() @ (x_NH[part] * mask_C1)
-            else:
-                grad_weight_VH.copy_(gradient_CV.t() @ (x_NH[part] * mask_C1))
-        ctx.gradients, ctx.count = (grad_x_NH, grad_weight_VH), _count(mask_N)
-        return _masked_mean(torch.cat(losses), mask_N)
+            torch.mul(product(gradient_CV, weight_VH), mask_C1, out=grad_x_NH[part])
+            add_product_(grad_weight_HV, (x_CH * mask_C1).t(), gradient_CV, is_first=part.start == 0)
+            return loss_C
+
+        loss_N = torch.cat([losses(part) for part in _parts(len(x_NH), len(weight_VH))])
+        ctx.gradients, ctx.count = (grad_x_NH, grad_weight_HV), _count(mask_N)
+        return _masked_mean(loss_N, mask_N)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,9 +126,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "linear_cross_entropy: its gradients were asked for a second time, and they were scaled in place the first time."
             )
-        (grad_x_NH, grad_weight_VH), ctx.gradients = ctx.gradients, None
+        (grad_x_NH, grad_weight_HV), ctx.gradients = ctx.gradients, None
         scale = grad.float() / ctx.count
         dtype = grad_x_NH.dtype
         # In fp32, where no loss scale can overflow, and in place: nobody else has them.
         grad_x_NH = grad_x_NH.float().mul_(scale).to(dtype)
-        return grad_x_NH, grad_weight_VH.mul_(scale).to(dtype), None, None, None, None
+        grad_weight_VH = torch.empty_like(grad_weight_HV.t(), dtype=dtype, memory_format=torch.contiguous_format)
+        grad_weight_VH.copy_(grad_weight_HV.mul_(scale).t())
+        return grad_x_NH, grad_weight_VH, None, None, None, None

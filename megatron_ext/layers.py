@@ -20,6 +20,7 @@ from megatron_ext.collectives import (
 )
 from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import make_parameter
+from megatron_ext.matmul import linear
 from megatron_ext.sharding import ONES, ZEROS, Init, ShardSpec
 
 SEQUENCE_DIM = 1
@@ -81,7 +82,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x_BSI: Tensor) -> Tensor:
         """Apply the layer."""
-        return F.linear(x_BSI, self.weight, self.bias)
+        return linear(x_BSI, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -110,7 +111,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x_BSI: Tensor) -> Tensor:
         """Apply the layer."""
-        return leave_tensor_parallel(F.linear(x_BSI, self.weight), self.context) + replicated(self.bias, self.context)
+        return leave_tensor_parallel(linear(x_BSI, self.weight), self.context) + replicated(self.bias, self.context)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -153,7 +154,7 @@ class VocabParallelEmbedding(nn.Module):
 
         Shapes: x_BSH on the residual stream -> logits_BSV, whole sequence, this rank's V/T ids (padding included, not masked).
         """
-        return F.linear(enter_tensor_parallel(x_BSH, self.context), self.weight)
+        return linear(enter_tensor_parallel(x_BSH, self.context), self.weight)
 
 
 class LayerNorm(nn.Module):

@@ -1,9 +1,9 @@
-"""Measure what a profile holds on the machine at hand: matrix products, memory bandwidth, the start of an operator, all-reduces.
+"""Measure what a profile holds on the machine at hand: matrix products, memory, the start of an operator, all-reduces, shared cores, engines.
 
     torchrun --nproc-per-node 4 -m pangu.planner.calibration --cluster ds_configs/clusters/cpu_gloo.yaml --output profile.yaml
 
 Every rank measures at once, as all devices of a server work at once in training; what the first one finds is written. `plan_parallel.py
-calibrate` starts the ranks.
+calibrate` starts the ranks, and adds what DeepSpeed's engines cost (`measure_engines`): for that it trains a tiny model in a few layouts.
 """
 
 from __future__ import annotations
@@ -19,17 +19,34 @@ import numpy as np
 import torch
 
 from megatron_ext import accelerator, collectives
+from megatron_ext.context import ParallelContext
+from megatron_ext.initialize import random_weights
+from megatron_ext.matmul import product
 from megatron_ext.topology import Group, Groups, Topology
+from pangu.config import Config, ModelConfig
 from pangu.errors import InputError, exit_code
+from pangu.model.block import Block, RunOptions
+from pangu.model.stages import stage_layers
 from pangu.planner.hardware import Cluster, load_cluster
-from pangu.planner.profile import MeasuredLink, MeasuredMatmul, Profile
+from pangu.planner.plan import Plan, workload_of
+from pangu.planner.profile import MeasuredEngine, MeasuredLink, MeasuredMatmul, Profile
+from pangu.planner.time import OPERATORS, TimeModel
+from pangu.planner.trial import try_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS = (64, 256, 1024, 4096)
 WIDTHS = (64, 256, 1024, 4096)
 """Sides of the products: M of the first, N and K of the second; the largest that fit in the time are left out."""
-MESSAGE_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
-REPEATS = 7
+MESSAGE_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23)
+REPEATS = 5
+ROUNDS = 8
+SEQUENCE_SUMS = 6
+"""Under sequence parallelism a layer sums the gradients of its LayerNorms and of the biases behind its reductions one by one."""
+PROBE = ModelConfig(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, max_positions=64, hidden_dropout=0.0, attention_dropout=0.0)
+"""What engines are measured with: so small that it costs them less than they cost it."""
+PROBE_STEPS = 8
+PROBE_FEW, PROBE_MANY = 2, 8
+"""Micro-batches of a step."""
 TIMEOUT_SECONDS = 120.0
 
 
@@ -70,43 +87,71 @@ def measure_matmuls(dtype: torch.dtype, budget: float) -> tuple[MeasuredMatmul, 
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         result = torch.empty(m, n, device=device, dtype=dtype)
 
-        def product(a: torch.Tensor = a, b: torch.Tensor = b, result: torch.Tensor = result) -> object:
-            return torch.mm(a, b, out=result)
 
-        found.append(MeasuredMatmul(m=m, n=n, k=k, tflops=2e-12 * m * n * k / seconds_of(product)))
+        def multiply(a: torch.Tensor = a, b: torch.Tensor = b) -> object:
+            return product(a, b)  # by the library that training uses
+
+        found.append(MeasuredMatmul(m=m, n=n, k=k, tflops=2e-12 * m * n * k / seconds_of(multiply)))
     return tuple(found)
 
 
-def measure_memory() -> tuple[float, float]:
-    """GB/s of a sum of two large tensors, and microseconds of one of two small tensors."""
+def measure_memory() -> float:
+    """GB/s of a sum of two large tensors."""
+    large = torch.ones(3, 1 << 24, device=accelerator.device())
+    return large.nbytes / 1e9 / seconds_of(lambda: torch.add(large[0], large[1], out=large[2]))
+
+
+def measure_operator() -> float:
+    """Microseconds to start an operator: a forward and a backward pass of a layer that has next to nothing to compute, by their number."""
     device = accelerator.device()
-    large = torch.ones(3, 1 << 24, device=device)
-    small = torch.ones(3, 1, device=device)
-    bandwidth = large.nbytes / 1e9 / seconds_of(lambda: torch.add(large[0], large[1], out=large[2]))
-    return bandwidth, 1e6 * seconds_of(lambda: torch.add(small[0], small[1], out=small[2]))
+    layer = Block(PROBE, ParallelContext(device=device, fill=random_weights(0)), RunOptions(reset_at_document=True), index=0)
+    x_BSH = torch.zeros(1, 4, PROBE.hidden_size, device=device, requires_grad=True)
+    positions_BS = torch.arange(4, device=device).unsqueeze(0)
+    return 1e6 * seconds_of(lambda: layer(x_BSH, positions_BS).sum().backward()) / (3 * OPERATORS)
+
+
+def measure_sharing(world: Group) -> float:
+    """How many times as fast one rank computes while the others wait."""
+    a = torch.randn(256, 256, device=accelerator.device())
+    together = seconds_of(lambda: product(a, a), at_least=0.1)
+    collectives.barrier(world)
+    alone = seconds_of(lambda: product(a, a), at_least=0.1) if world.rank == 0 else together
+    collectives.barrier(world)
+    return max(1.0, together / alone)
 
 
 def measure_link(group: Group, world: Group, level: str) -> MeasuredLink:
     """A line through the times of all-reduces of several sizes: 2 (n - 1) latency + 2 (n - 1) / n bytes / bandwidth.
+
+    Between them the ranks compute, as in training: what counts is what an all-reduce adds. Ranks that share cores are woken up late.
 
     Args:
         group: this rank's; all groups of its kind talk at once.
         world: all ranks.
         level: that the group lies in.
     """
+    device = accelerator.device()
+    a = torch.randn(256, 256, device=device)
+
+    def rounds(message: torch.Tensor | None) -> float:
+        """Seconds of one of several rounds: a product, and an all-reduce behind it."""
+        collectives.barrier(world)
+        accelerator.synchronize()
+        start = time.perf_counter()
+        for _ in range(ROUNDS):
+            product(a, a)
+            if message is not None:
+                collectives.all_reduce(message.fill_(1.0), group)
+        accelerator.synchronize()
+        collectives.barrier(world)
+        return (time.perf_counter() - start) / ROUNDS
+
     times = []
     for bytes_ in MESSAGE_BYTES:
-        message = torch.ones(bytes_ // 4, device=accelerator.device())
-        runs = []
-        for _ in range(REPEATS + 1):
-            message.fill_(1.0)
-            collectives.barrier(world)
-            accelerator.synchronize()
-            start = time.perf_counter()
-            collectives.all_reduce(message, group)
-            accelerator.synchronize()
-            runs.append(time.perf_counter() - start)
-        times.append(float(np.median(runs[1:])))  # the first one connects
+        message = torch.ones(bytes_ // 4, device=device)
+        rounds(message)  # the first one connects
+        added = [rounds(message) - rounds(None) for _ in range(REPEATS)]
+        times.append(max(1e-6, float(np.median(added))))
     sizes, seconds = np.array(MESSAGE_BYTES, dtype=float), np.array(times)
     # Relative errors count, so that the small messages decide the latency and the large ones the bandwidth.
     columns = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
@@ -141,16 +186,54 @@ def measure(cluster: Cluster, precision: str, budget: float, world_size: int) ->
         groups = Groups.create(Topology(tensor=ranks, pipeline=1, data=world_size // ranks), TIMEOUT_SECONDS)
         level = next((level for level in cluster.levels if level.devices >= ranks), cluster.levels[-1])
         links.append(measure_link(groups.tensor, groups.world, level.name))
-    bandwidth, overhead = measure_memory()
+    sharing = measure_sharing(Groups.create(Topology(1, 1, world_size), TIMEOUT_SECONDS).world)
+    bandwidth, overhead = measure_memory(), measure_operator()
     matmuls = measure_matmuls(DTYPES[precision], budget)
     peak = cluster.device.peak_tflops[precision].value
     return Profile(
         matmul_efficiency=min(1.0, max(product.tflops for product in matmuls) / peak),
         memory_efficiency=min(1.0, bandwidth / cluster.device.memory_bandwidth.value),
         overhead_us=overhead,
+        sharing=sharing,
+        sequence_sums=SEQUENCE_SUMS,
         matmuls=matmuls,
         links=tuple(links),
     )
+
+
+def measure_engines(profile: Profile, cluster: Cluster, precision: str, world_size: int) -> tuple[MeasuredEngine, ...]:
+    """What a step and a micro-batch of a tiny model take beyond what the time model says, with each of DeepSpeed's engines.
+
+    Args:
+        profile: what has been measured so far.
+        cluster: of this machine.
+        precision: of the training.
+        world_size: processes that train at once.
+    """
+    layouts = [(f"zero{stage}", Topology(1, 1, world_size), stage) for stage in range(0 if precision == "fp32" else 1, 4)]
+    if world_size > 1:
+        layouts.append(("pipeline", Topology(1, 2, world_size // 2) if world_size % 2 == 0 else Topology(1, world_size, 1), 1))
+    return tuple(_measure_engine(kind, layout, stage, profile, cluster, precision) for kind, layout, stage in layouts)
+
+
+def _measure_engine(kind: str, layout: Topology, zero_stage: int, profile: Profile, cluster: Cluster, precision: str) -> MeasuredEngine:
+    beyond = []
+    for micro_batches in (PROBE_FEW, PROBE_MANY):
+        sections = {
+            "model": PROBE.model_dump(),
+            "parallel": {"pipeline": layout.pipeline, "zero_stage": zero_stage},
+            "train": {"micro_batch_size": 1, "global_batch_size": layout.data * micro_batches, "steps": 1000, "precision": precision},
+            "data": {"train": ["synthetic"]},
+            "run": {"dir": "unused"},
+        }
+        config = Config.model_validate(sections)
+        plan = Plan(layout, 1, stage_layers(config), zero_stage=zero_stage)
+        expected = TimeModel(workload_of(config), cluster.with_devices(layout.world_size), profile).step(plan).total
+        beyond.append(try_plan(config, layout.world_size, PROBE_STEPS) - expected)
+    each = max(0.0, (beyond[1] - beyond[0]) / (PROBE_MANY - PROBE_FEW))
+    step = max(0.0, beyond[0] - PROBE_FEW * each)
+    count = 1 if layout.pipeline > 1 else PROBE.num_layers
+    return MeasuredEngine(kind=kind, step_us=1e6 * step / count, micro_batch_us=1e6 * each / count)  # type: ignore[arg-type]
 
 
 def excess(cluster: Cluster, profile: Profile) -> list[str]:

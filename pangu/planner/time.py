@@ -48,6 +48,8 @@ class StepTime:
     """Gradients and weights between replicas, as far as nothing hides it."""
     optimizer: float
     """The update, and what offloading moves for it."""
+    engine: float
+    """What DeepSpeed and Python do besides, where a profile has measured it."""
 
     @property
     def total(self) -> float:
@@ -140,18 +142,24 @@ class TimeModel:
         handing = 2 * hand_over * plan.interleave
         for stage in range(stages):
             times[stage] += handing * ((stage > 0) + (stage < stages - 1)) / 2
+        engine_step, engine_micro_batch = self._engine(plan)
+        times = [seconds + engine_micro_batch for seconds in times]
         imbalance, bubble = waiting(times, layer.forward / (layer.total - layer.tensor), micro_batches, plan.interleave)
         share = micro_batches / stages
+        # Ranks that share cores work faster while others wait; then a stage waits less for the others.
+        busy, idle = share * sum(times), imbalance + bubble
+        waits = max(0.0, (busy + idle) / self.profile.sharing - busy) / idle if idle else 0.0
         data, optimizer = self._update(plan, layer, micro_batches)
         return StepTime(
             compute=share * (layers * (layer.forward + layer.backward) + first.forward + first.backward + last.forward + last.backward),
             recompute=share * layers * layer.recompute,
             tensor=share * (layers * layer.tensor + first.tensor + last.tensor),
             point_to_point=share * handing * (stages - 1),
-            imbalance=imbalance,
-            bubble=bubble,
+            imbalance=waits * imbalance,
+            bubble=waits * bubble,
             data=data,
             optimizer=optimizer,
+            engine=engine_step + micro_batches * engine_micro_batch,
         )
 
     def layer_seconds(self, plan: Plan) -> list[float]:
@@ -207,6 +215,8 @@ class TimeModel:
         # Both directions reduce twice; full recomputation reduces once more each.
         reductions = 6 if recompute == "full" else 4
         talk = reductions * self.network.all_reduce(element * tokens * hidden, tensor, 1)
+        if sequence_parallel:
+            talk += self.profile.sequence_sums * self.network.all_reduce(element * hidden, tensor, 1)
         return Piece(forward, backward, again, talk)
 
     def _attention(self, micro_batch: int, tensor: int) -> tuple[float, float]:
@@ -281,6 +291,15 @@ class TimeModel:
         if plan.offload_parameters:
             data += 2 * micro_batches * bytes_ / layout.data / self._host
         return data, optimizer
+
+    def _engine(self, plan: Plan) -> tuple[float, float]:
+        """Seconds that the engine adds to a step, and to a micro-batch in each stage."""
+        pipeline = plan.layout.pipeline > 1
+        measured = self.profile.engine(plan.zero_stage, pipeline=pipeline)
+        if measured is None:
+            return 0.0, 0.0
+        count = 1 if pipeline else sum(plan.stage_layers)
+        return 1e-6 * measured.step_us * count, 1e-6 * measured.micro_batch_us * count
 
     def _not_hidden(self, traffic: float, computation: float) -> float:
         """What traffic adds to the computation that it runs beside: between all of it (exponent 1) and what exceeds it (endless)."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext import accelerator
 from pangu.config import Config
 from pangu.data.batches import Batch, collate
 from pangu.data.sampler import Sampler
@@ -39,7 +40,10 @@ def try_plan(config: Config, world_size: int, steps: int, timeout: float = TIMEO
     Raises:
         InputError: a process failed, or they have not ended in time.
     """
-    context = multiprocessing.get_context("forkserver")
+    if world_size > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun has it; read when torch is imported
+    # A device that a fork server has touched cannot be used by its forks.
+    context = multiprocessing.get_context("forkserver" if accelerator.name() == "cpu" else "spawn")
     context.set_forkserver_preload(["deepspeed", __name__])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,17 +96,13 @@ def _rank(config: Config, steps: int, place: dict[str, int], answers: Any) -> No
 
 def step_seconds(config: Config, steps: int) -> list[float]:
     """Train on this rank as `pangu.train` does; seconds of each step but those that warm up."""
-    import torch
-
-    from megatron_ext import accelerator, collectives
+    from megatron_ext import collectives
     from megatron_ext.initialize import random_weights
     from megatron_ext.topology import Groups
     from pangu.config import validate_layout
     from pangu.training.engine import TrainingEngine
 
     world_size = int(os.environ["WORLD_SIZE"])
-    if world_size > 1:
-        torch.set_num_threads(1)  # as torchrun has it
     topology = validate_layout(config, world_size)
     accelerator.initialize(TIMEOUT_SECONDS)
     groups = Groups.create(topology, TIMEOUT_SECONDS)

@@ -1,9 +1,9 @@
-"""Measure what a profile holds on the machine at hand: matrix products, memory, the start of an operator, all-reduces, shared cores, engines.
+"""Measure what a profile holds on the machine at hand: products, memory, the start of an operator, all-reduces, shared cores, engines.
 
     torchrun --nproc-per-node 4 -m pangu.planner.calibration --cluster ds_configs/clusters/cpu_gloo.yaml --output profile.yaml
 
 Every rank measures at once, as all devices of a server work at once in training; what the first one finds is written. `plan_parallel.py
-calibrate` starts the ranks, and adds what DeepSpeed's engines cost (`measure_engines`): for that it trains a tiny model in a few layouts.
+calibrate` starts the ranks, and adds what DeepSpeed's engines cost (`measure_training`): for that it trains a tiny model in a few layouts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ WIDTHS = (64, 256, 1024, 4096)
 MESSAGE_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23)
 REPEATS = 5
 ROUNDS = 8
+WINDOW_SECONDS = 0.08
+"""Longer than a scheduler lets a process run in one go."""
 SEQUENCE_SUMS = 6
 """Under sequence parallelism a layer sums the gradients of its LayerNorms and of the biases behind its reductions one by one."""
 PROBE = ModelConfig(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, max_positions=64, hidden_dropout=0.0, attention_dropout=0.0)
@@ -50,27 +53,20 @@ PROBE_FEW, PROBE_MANY = 2, 8
 TIMEOUT_SECONDS = 120.0
 
 
-def seconds_of(work: Callable[[], object], at_least: float = 0.01) -> float:
-    """The median of several runs, after one that warms up; runs too short for the clock are repeated.
+def seconds_of(work: Callable[[], object], at_least: float = WINDOW_SECONDS) -> float:
+    """The mean of as many runs as fill a window, after one that warms up.
 
-    Not the shortest: the other ranks work at the same time, and what counts is the speed that they leave.
+    Not the shortest run, nor the median of short ones: where ranks share cores, what counts is what the others leave in the long run.
     """
     work()
     accelerator.synchronize()
-    count, times = 1, list[float]()
-    while len(times) < REPEATS:
-        start = time.perf_counter()
-        for _ in range(count):
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < at_least:
+        for _ in range(max(1, count)):  # doubles, so that looking at the clock costs nothing
             work()
         accelerator.synchronize()
-        spent = time.perf_counter() - start
-        if spent < at_least and count < 1000:
-            count *= 4
-            continue
-        times.append(spent / count)
-        if spent > 0.5:
-            break
-    return float(np.median(times))
+        count += max(1, count)
+    return spent / count
 
 
 def measure_matmuls(dtype: torch.dtype, budget: float) -> tuple[MeasuredMatmul, ...]:
@@ -85,8 +81,6 @@ def measure_matmuls(dtype: torch.dtype, budget: float) -> tuple[MeasuredMatmul, 
         if time.monotonic() > end:
             break
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-        result = torch.empty(m, n, device=device, dtype=dtype)
-
 
         def multiply(a: torch.Tensor = a, b: torch.Tensor = b) -> object:
             return product(a, b)  # by the library that training uses
@@ -113,9 +107,10 @@ def measure_operator() -> float:
 def measure_sharing(world: Group) -> float:
     """How many times as fast one rank computes while the others wait."""
     a = torch.randn(256, 256, device=accelerator.device())
-    together = seconds_of(lambda: product(a, a), at_least=0.1)
     collectives.barrier(world)
-    alone = seconds_of(lambda: product(a, a), at_least=0.1) if world.rank == 0 else together
+    together = seconds_of(lambda: product(a, a), at_least=1.0)
+    collectives.barrier(world)
+    alone = seconds_of(lambda: product(a, a), at_least=1.0) if world.rank == 0 else together
     collectives.barrier(world)
     return max(1.0, together / alone)
 
@@ -201,39 +196,67 @@ def measure(cluster: Cluster, precision: str, budget: float, world_size: int) ->
     )
 
 
-def measure_engines(profile: Profile, cluster: Cluster, precision: str, world_size: int) -> tuple[MeasuredEngine, ...]:
-    """What a step and a micro-batch of a tiny model take beyond what the time model says, with each of DeepSpeed's engines.
+def measure_training(profile: Profile, cluster: Cluster, precision: str, world_size: int) -> Profile:
+    """Add what training a tiny model takes beyond what the profile says so far: of DeepSpeed's engines, and of collectives amid a step.
 
     Args:
-        profile: what has been measured so far.
+        profile: what has been measured.
         cluster: of this machine.
         precision: of the training.
         world_size: processes that train at once.
     """
-    layouts = [(f"zero{stage}", Topology(1, 1, world_size), stage) for stage in range(0 if precision == "fp32" else 1, 4)]
-    if world_size > 1:
-        layouts.append(("pipeline", Topology(1, 2, world_size // 2) if world_size % 2 == 0 else Topology(1, world_size, 1), 1))
-    return tuple(_measure_engine(kind, layout, stage, profile, cluster, precision) for kind, layout, stage in layouts)
+
+    def beyond(layout: Topology, zero_stage: int, micro_batches: int) -> float:
+        config = _probe(layout, zero_stage, micro_batches, precision)
+        return try_plan(config, world_size, PROBE_STEPS) - _predicted(config, layout, profile, cluster)
+
+    def engine(kind: Literal["zero0", "zero1", "zero2", "zero3", "pipeline"], layout: Topology, zero_stage: int) -> MeasuredEngine:
+        few, many = (beyond(layout, zero_stage, micro_batches) for micro_batches in (PROBE_FEW, PROBE_MANY))
+        each = max(0.0, (many - few) / (PROBE_MANY - PROBE_FEW))
+        count = 1 if kind == "pipeline" else PROBE.num_layers
+        return MeasuredEngine(kind=kind, step_us=1e6 * max(0.0, few - PROBE_FEW * each) / count, micro_batch_us=1e6 * each / count)
+
+    replicas = Topology(1, 1, world_size)
+    engines = [engine("zero1", replicas, 1), engine("zero2", replicas, 2), engine("zero3", replicas, 3)]
+    if precision == "fp32":
+        engines.append(engine("zero0", replicas, 0))
+    if world_size % 2 == 0:
+        engines.append(engine("pipeline", Topology(1, 2, world_size // 2), 1))
+    profile = profile.model_copy(update={"engines": tuple(engines)})
+
+    links = []
+    for link in profile.links:
+        if PROBE.num_heads % link.ranks == 0:
+            layout = Topology(link.ranks, 1, world_size // link.ranks)
+            slower = link.model_copy(update={"latency_us": link.latency_us + 1.0})
+            config = _probe(layout, 1, PROBE_FEW, precision)
+            with_slower = profile.model_copy(update={"links": (slower,)})
+            known = _predicted(config, layout, profile, cluster)
+            each = _predicted(config, layout, with_slower, cluster) - _predicted(
+                config, layout, profile.model_copy(update={"links": (link,)}), cluster
+            )
+            more = (try_plan(config, world_size, PROBE_STEPS) - known) / each
+            link = link.model_copy(update={"latency_us": max(0.1 * link.latency_us, link.latency_us + more)})
+        links.append(link)
+    return profile.model_copy(update={"links": tuple(links)})
 
 
-def _measure_engine(kind: str, layout: Topology, zero_stage: int, profile: Profile, cluster: Cluster, precision: str) -> MeasuredEngine:
-    beyond = []
-    for micro_batches in (PROBE_FEW, PROBE_MANY):
-        sections = {
+def _probe(layout: Topology, zero_stage: int, micro_batches: int, precision: str) -> Config:
+    """A run of the tiny model."""
+    return Config.model_validate(
+        {
             "model": PROBE.model_dump(),
-            "parallel": {"pipeline": layout.pipeline, "zero_stage": zero_stage},
+            "parallel": {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero_stage": zero_stage},
             "train": {"micro_batch_size": 1, "global_batch_size": layout.data * micro_batches, "steps": 1000, "precision": precision},
             "data": {"train": ["synthetic"]},
             "run": {"dir": "unused"},
         }
-        config = Config.model_validate(sections)
-        plan = Plan(layout, 1, stage_layers(config), zero_stage=zero_stage)
-        expected = TimeModel(workload_of(config), cluster.with_devices(layout.world_size), profile).step(plan).total
-        beyond.append(try_plan(config, layout.world_size, PROBE_STEPS) - expected)
-    each = max(0.0, (beyond[1] - beyond[0]) / (PROBE_MANY - PROBE_FEW))
-    step = max(0.0, beyond[0] - PROBE_FEW * each)
-    count = 1 if layout.pipeline > 1 else PROBE.num_layers
-    return MeasuredEngine(kind=kind, step_us=1e6 * step / count, micro_batch_us=1e6 * each / count)  # type: ignore[arg-type]
+    )
+
+
+def _predicted(config: Config, layout: Topology, profile: Profile, cluster: Cluster) -> float:
+    plan = Plan(layout, config.train.micro_batch_size, stage_layers(config), zero_stage=config.parallel.zero_stage)
+    return TimeModel(workload_of(config), cluster.with_devices(layout.world_size), profile).step(plan).total
 
 
 def excess(cluster: Cluster, profile: Profile) -> list[str]:

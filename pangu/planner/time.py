@@ -248,7 +248,9 @@ class TimeModel:
             loss = tokens * vocabulary * 3 * FP32_BYTES / self._bandwidth
             accumulated = ACCUMULATION_BYTES * vocabulary * model.hidden_size / self._bandwidth
             embedding = Piece(lookup, 2 * lookup + accumulated, 0.0, reduce)
-            logits = Piece(product + loss, 2 * product + loss + accumulated, 0.0, reduce)
+            # The loss reduces a maximum, and then the label's score and the sum of exponentials, of each token.
+            losses = self.network.all_reduce(tokens * FP32_BYTES, tensor, 1) + self.network.all_reduce(2 * tokens * FP32_BYTES, tensor, 1)
+            logits = Piece(product + loss, 2 * product + loss + accumulated, 0.0, reduce + losses)
             self._ends[key] = embedding, logits
         return self._ends[key]
 

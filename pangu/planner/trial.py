@@ -42,6 +42,7 @@ def try_plan(config: Config, world_size: int, steps: int, timeout: float = TIMEO
     """
     if world_size > 1:
         os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun has it; read when torch is imported
+    os.environ.setdefault("DS_ACCELERATOR", accelerator.name())  # the server need not look for one
     # A device that a fork server has touched cannot be used by its forks.
     context = multiprocessing.get_context("forkserver" if accelerator.name() == "cpu" else "spawn")
     context.set_forkserver_preload(["deepspeed", __name__])

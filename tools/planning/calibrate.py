@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pangu.errors import InputError
-from pangu.planner.calibration import measure_engines
+from pangu.planner.calibration import measure_training
 from pangu.planner.hardware import load_cluster
 from pangu.planner.profile import load_profile
 from pangu.planner.search import server_devices
@@ -22,9 +22,8 @@ CPU_CLUSTER = Path(__file__).parents[2] / "ds_configs" / "clusters" / "cpu_gloo.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `calibrate`."""
-    parser.add_argument(
-        "--cluster", type=Path, default=CPU_CLUSTER, metavar="YAML", help="the machine's figures; a profile holds shares of them (default: cpu_gloo.yaml)"
-    )
+    help_cluster = "the machine's figures, which the profile is relative to (default: cpu_gloo.yaml)"
+    parser.add_argument("--cluster", type=Path, default=CPU_CLUSTER, metavar="YAML", help=help_cluster)
     parser.add_argument("--output", type=Path, required=True, metavar="YAML", help="where to write the profile")
     parser.add_argument("--processes", type=int, metavar="N", help="devices of this machine to use (default: a server of the cluster)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the matrix products (default fp32)")
@@ -62,6 +61,6 @@ def run(arguments: argparse.Namespace) -> None:
     for line in own:
         print(line, file=sys.stderr)
     profile = load_profile(arguments.output)
-    engines = measure_engines(profile, cluster, arguments.precision, processes)
-    arguments.output.write_text(profile.model_copy(update={"engines": engines}).to_yaml(), encoding="utf-8")
+    profile = measure_training(profile, cluster, arguments.precision, processes)
+    arguments.output.write_text(profile.to_yaml(), encoding="utf-8")
     print(f"written: {arguments.output}")

@@ -83,11 +83,11 @@ def test_where_an_axis_lies_decides_what_it_costs() -> None:
 
 
 def test_tensor_parallelism_reduces_four_times_a_layer() -> None:
-    """And once each for the embedding and the logits; full recomputation twice more a layer."""
+    """And once each for the embedding and the logits, and little for the loss; full recomputation twice more a layer."""
     plan = Plan(Topology(4, 1, 1), 1, (8,))
     once = 2 * 3 / 4 * (2 * 1024 * 1024) / 100e9
-    assert step(plan).tensor == pytest.approx(32 * (4 * 8 + 2) * once, rel=1e-3)
-    assert step(replace(plan, recompute="full")).tensor == pytest.approx(32 * (6 * 8 + 2) * once, rel=1e-3)
+    assert step(plan).tensor == pytest.approx(32 * (4 * 8 + 2) * once, rel=2e-3)
+    assert step(replace(plan, recompute="full")).tensor == pytest.approx(32 * (6 * 8 + 2) * once, rel=2e-3)
 
 
 def test_zero_stages() -> None:

@@ -44,7 +44,7 @@ def try_plan(config: Config, world_size: int, steps: int, timeout: float = TIMEO
         os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun has it; read when torch is imported
     os.environ.setdefault("DS_ACCELERATOR", accelerator.name())  # the server need not look for one
     # A device that a fork server has touched cannot be used by its forks.
-    context = multiprocessing.get_context("forkserver" if accelerator.name() == "cpu" else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if accelerator.name() == "cpu" else "spawn")
     context.set_forkserver_preload(["deepspeed", __name__])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

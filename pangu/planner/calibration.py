@@ -41,8 +41,8 @@ WIDTHS = (64, 256, 1024, 4096)
 MESSAGE_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23)
 REPEATS = 5
 ROUNDS = 8
-WINDOW_SECONDS = 0.08
-"""Longer than a scheduler lets a process run in one go."""
+WINDOWS, WINDOW_SECONDS = 3, 0.04
+"""Each longer than a scheduler lets a process run in one go."""
 SEQUENCE_SUMS = 6
 """Under sequence parallelism a layer sums the gradients of its LayerNorms and of the biases behind its reductions one by one."""
 PROBE = ModelConfig(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, max_positions=64, hidden_dropout=0.0, attention_dropout=0.0)
@@ -54,19 +54,23 @@ TIMEOUT_SECONDS = 120.0
 
 
 def seconds_of(work: Callable[[], object], at_least: float = WINDOW_SECONDS) -> float:
-    """The mean of as many runs as fill a window, after one that warms up.
+    """The mean of as many runs as fill a window, after one that warms up; the median of three windows.
 
-    Not the shortest run, nor the median of short ones: where ranks share cores, what counts is what the others leave in the long run.
+    Not the shortest run, nor the median of single ones: where ranks share cores, what counts is what the others leave in the long run.
     """
     work()
     accelerator.synchronize()
-    count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < at_least:
-        for _ in range(max(1, count)):  # doubles, so that looking at the clock costs nothing
-            work()
-        accelerator.synchronize()
-        count += max(1, count)
-    return spent / count
+    means = list[float]()
+    for _ in range(WINDOWS):
+        count, spent, start = 0, 0.0, time.perf_counter()
+        while spent < at_least:
+            for _ in range(max(1, count // 4)):  # grows, so that looking at the clock costs nothing
+                work()
+            accelerator.synchronize()
+            count += max(1, count // 4)
+            spent = time.perf_counter() - start
+        means.append(spent / count)
+    return float(np.median(means))
 
 
 def measure_matmuls(dtype: torch.dtype, budget: float) -> tuple[MeasuredMatmul, ...]:
@@ -108,9 +112,9 @@ def measure_sharing(world: Group) -> float:
     """How many times as fast one rank computes while the others wait."""
     a = torch.randn(256, 256, device=accelerator.device())
     collectives.barrier(world)
-    together = seconds_of(lambda: product(a, a), at_least=1.0)
+    together = seconds_of(lambda: product(a, a), at_least=0.4)
     collectives.barrier(world)
-    alone = seconds_of(lambda: product(a, a), at_least=1.0) if world.rank == 0 else together
+    alone = seconds_of(lambda: product(a, a), at_least=0.4) if world.rank == 0 else together
     collectives.barrier(world)
     return max(1.0, together / alone)
 
@@ -214,7 +218,8 @@ def measure_training(profile: Profile, cluster: Cluster, precision: str, world_s
         few, many = (beyond(layout, zero_stage, micro_batches) for micro_batches in (PROBE_FEW, PROBE_MANY))
         each = max(0.0, (many - few) / (PROBE_MANY - PROBE_FEW))
         count = 1 if kind == "pipeline" else PROBE.num_layers
-        return MeasuredEngine(kind=kind, step_us=1e6 * max(0.0, few - PROBE_FEW * each) / count, micro_batch_us=1e6 * each / count)
+        step = max(0.0, few - PROBE_FEW * each)
+        return MeasuredEngine(kind=kind, ranks=world_size, step_us=1e6 * step / count, micro_batch_us=1e6 * each / count)
 
     replicas = Topology(1, 1, world_size)
     engines = [engine("zero1", replicas, 1), engine("zero2", replicas, 2), engine("zero3", replicas, 3)]

@@ -47,6 +47,8 @@ class MeasuredEngine(Section):
 
     kind: Literal["zero0", "zero1", "zero2", "zero3", "pipeline"]
     """The engine without stages, by its ZeRO stage; or the one with stages."""
+    ranks: Count
+    """Processes that trained. ZeRO-2 and 3 mostly wait for messages, whose number grows with the data-parallel size."""
     step_us: NotNegative
     """Microseconds of a step: for each layer of a rank; of the pipeline for each stage."""
     micro_batch_us: NotNegative

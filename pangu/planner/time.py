@@ -300,7 +300,9 @@ class TimeModel:
         measured = self.profile.engine(plan.zero_stage, pipeline=pipeline)
         if measured is None:
             return 0.0, 0.0
-        count = 1 if pipeline else sum(plan.stage_layers)
+        count = 1.0 if pipeline else float(sum(plan.stage_layers))
+        if not pipeline and plan.zero_stage >= 2:
+            count *= self.network.gather(0.0, plan.layout.data, plan.layout.tensor) / self.network.gather(0.0, measured.ranks, 1)
         return 1e-6 * measured.step_us * count, 1e-6 * measured.micro_batch_us * count
 
     def _not_hidden(self, traffic: float, computation: float) -> float:

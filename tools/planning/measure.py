@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="devices of this machine to use (default: all of the cluster)")
     parser.add_argument("--profile", type=Path, metavar="YAML", help="what `calibrate` measured; without it the defaults are used")
     parser.add_argument("--plans", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="of each, after three that warm up (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="of each, after three that warm up (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

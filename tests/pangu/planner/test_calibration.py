@@ -27,7 +27,7 @@ def test_constants_of_a_known_machine_are_found(monkeypatch: pytest.MonkeyPatch)
         return tuple(MeasuredLink(level="server", ranks=ranks, bandwidth=1.0, latency_us=latency_us * ranks) for ranks in (2, 4))
 
     kinds = ("zero0", "zero1", "zero2", "zero3", "pipeline")
-    engines = tuple(MeasuredEngine(kind=kind, step_us=1e4 * n, micro_batch_us=3e3 * n) for n, kind in enumerate(kinds))
+    engines = tuple(MeasuredEngine(kind=kind, ranks=4, step_us=1e4 * n, micro_batch_us=3e3 * n) for n, kind in enumerate(kinds))
     measured = Profile(sharing=2.0, links=links(200.0))
     truth = measured.model_copy(update={"engines": engines, "links": links(700.0)})
 

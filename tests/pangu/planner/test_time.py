@@ -120,13 +120,15 @@ def test_ranks_that_share_cores_lose_less_by_waiting() -> None:
 
 def test_measured_engines_add_to_each_layer_and_stage() -> None:
     measured = (
-        MeasuredEngine(kind="zero1", step_us=1e6, micro_batch_us=1e5),
-        MeasuredEngine(kind="pipeline", step_us=1e6, micro_batch_us=0),
+        MeasuredEngine(kind="zero1", ranks=4, step_us=1e6, micro_batch_us=1e5),
+        MeasuredEngine(kind="pipeline", ranks=4, step_us=1e6, micro_batch_us=0),
     )
     engines = Profile(engines=measured)
     assert step(ALONE, profile=engines).engine == pytest.approx(8 * (1 + 32 * 0.1))
     assert step(Plan(Topology(1, 4, 1), 1, (2, 2, 2, 2)), profile=engines).engine == pytest.approx(1.0)
     assert step(replace(ALONE, zero_stage=0), profile=engines).engine == 0.0
+    waits = Profile(engines=(MeasuredEngine(kind="zero3", ranks=4, step_us=3e6, micro_batch_us=0),))
+    assert step(Plan(Topology(1, 1, 2), 1, (8,), zero_stage=3), profile=waits).engine == pytest.approx(8.0)
 
 
 def test_sums_of_small_gradients_under_sequence_parallelism() -> None:

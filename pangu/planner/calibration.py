@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import random_weights
 from megatron_ext.matmul import product
 from megatron_ext.topology import Group, Groups, Topology
-from pangu.config import Config, ModelConfig
+from pangu.config import Config, ModelConfig, parse_config
 from pangu.errors import InputError, exit_code
 from pangu.model.block import Block, RunOptions
 from pangu.model.stages import stage_layers
 from pangu.planner.hardware import Cluster, load_cluster
 from pangu.planner.plan import Plan, workload_of
-from pangu.planner.profile import MeasuredEngine, MeasuredLink, MeasuredMatmul, Profile
+from pangu.planner.profile import Kind, MeasuredEngine, MeasuredLink, MeasuredMatmul, Profile
+from pangu.planner.recipe import RECIPES
 from pangu.planner.time import OPERATORS, TimeModel
 from pangu.planner.trial import try_plan
 
@@ -48,6 +49,8 @@ SEQUENCE_SUMS = 6
 PROBE = ModelConfig(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, max_positions=64, hidden_dropout=0.0, attention_dropout=0.0)
 """What engines are measured with: so small that it costs them less than they cost it."""
 PROBE_STEPS = 8
+SOLUTIONS = 10
+"""Rounds in which the latency of collectives and the work of engines are told apart."""
 PROBE_FEW, PROBE_MANY = 2, 8
 """Micro-batches of a step."""
 TIMEOUT_SECONDS = 120.0
@@ -209,59 +212,75 @@ def measure_training(profile: Profile, cluster: Cluster, precision: str, world_s
         precision: of the training.
         world_size: processes that train at once.
     """
-
-    def beyond(layout: Topology, zero_stage: int, micro_batches: int) -> float:
-        config = _probe(layout, zero_stage, micro_batches, precision)
-        return try_plan(config, world_size, PROBE_STEPS) - _predicted(config, layout, profile, cluster)
-
-    def engine(kind: Literal["zero0", "zero1", "zero2", "zero3", "pipeline"], layout: Topology, zero_stage: int) -> MeasuredEngine:
-        few, many = (beyond(layout, zero_stage, micro_batches) for micro_batches in (PROBE_FEW, PROBE_MANY))
-        each = max(0.0, (many - few) / (PROBE_MANY - PROBE_FEW))
-        count = 1 if kind == "pipeline" else PROBE.num_layers
-        step = max(0.0, few - PROBE_FEW * each)
-        return MeasuredEngine(kind=kind, ranks=world_size, step_us=1e6 * step / count, micro_batch_us=1e6 * each / count)
-
-    replicas = Topology(1, 1, world_size)
-    engines = [engine("zero1", replicas, 1), engine("zero2", replicas, 2), engine("zero3", replicas, 3)]
+    layouts: dict[Kind, tuple[Topology, int]] = {
+        "zero1": (Topology(1, 1, world_size), 1),
+        "zero2": (Topology(1, 1, world_size), 2),
+        "zero3": (Topology(1, 1, world_size), 3),
+    }
     if precision == "fp32":
-        engines.append(engine("zero0", replicas, 0))
+        layouts["zero0"] = (Topology(1, 1, world_size), 0)
     if world_size % 2 == 0:
-        engines.append(engine("pipeline", Topology(1, 2, world_size // 2), 1))
-    profile = profile.model_copy(update={"engines": tuple(engines)})
+        layouts["pipeline"] = (Topology(1, 2, world_size // 2), 1)
 
-    links = []
-    for link in profile.links:
-        if PROBE.num_heads % link.ranks == 0:
-            layout = Topology(link.ranks, 1, world_size // link.ranks)
-            slower = link.model_copy(update={"latency_us": link.latency_us + 1.0})
-            config = _probe(layout, 1, PROBE_FEW, precision)
-            with_slower = profile.model_copy(update={"links": (slower,)})
-            known = _predicted(config, layout, profile, cluster)
-            each = _predicted(config, layout, with_slower, cluster) - _predicted(
-                config, layout, profile.model_copy(update={"links": (link,)}), cluster
-            )
-            more = (try_plan(config, world_size, PROBE_STEPS) - known) / each
-            link = link.model_copy(update={"latency_us": max(0.1 * link.latency_us, link.latency_us + more)})
-        links.append(link)
-    return profile.model_copy(update={"links": tuple(links)})
+    def trial(layout: Topology, zero_stage: int, micro_batches: int) -> Trial:
+        config = _probe(layout, zero_stage, micro_batches, precision)
+        return Trial(config, layout, try_plan(config, world_size, PROBE_STEPS))
+
+    of_engines = {kind: (trial(*layout, PROBE_FEW), trial(*layout, PROBE_MANY)) for kind, layout in layouts.items()}
+    of_links = {
+        link: trial(Topology(link.ranks, 1, world_size // link.ranks), 1, PROBE_FEW)
+        for link in profile.links
+        if PROBE.num_heads % link.ranks == 0
+    }
+    latencies = {link: link.latency_us for link in of_links}
+    for _ in range(SOLUTIONS):  # engines wait for collectives, and steps with many collectives have an engine
+        links = tuple(link.model_copy(update={"latency_us": latencies.get(link, link.latency_us)}) for link in profile.links)
+        without = profile.model_copy(update={"links": links})
+        engines = tuple(_engine(kind, *trials, without, cluster) for kind, trials in of_engines.items())
+        found = without.model_copy(update={"engines": engines})
+        for link, one in of_links.items():
+            slower = tuple(other.model_copy(update={"latency_us": other.latency_us + (other.ranks == link.ranks)}) for other in found.links)
+            each = one.predicted(found.model_copy(update={"links": slower}), cluster) - one.predicted(found, cluster)
+            more = (one.seconds - one.predicted(found, cluster)) / each
+            latencies[link] = max(0.1 * link.latency_us, latencies[link] + more)
+    return found
+
+
+class Trial(NamedTuple):
+    """A run of the tiny model, and how long its steps took."""
+
+    config: Config
+    layout: Topology
+    seconds: float
+
+    def predicted(self, profile: Profile, cluster: Cluster) -> float:
+        """Seconds that the time model gives."""
+        config = self.config
+        plan = Plan(self.layout, config.train.micro_batch_size, stage_layers(config), zero_stage=config.parallel.zero_stage)
+        return TimeModel(workload_of(config), cluster.with_devices(self.layout.world_size), profile).step(plan).total
+
+
+def _engine(kind: Kind, few: Trial, many: Trial, profile: Profile, cluster: Cluster) -> MeasuredEngine:
+    """What trials of few and of many micro-batches take beyond the prediction."""
+    beyond_few, beyond_many = (one.seconds - one.predicted(profile, cluster) for one in (few, many))
+    each = max(0.0, (beyond_many - beyond_few) / (PROBE_MANY - PROBE_FEW))
+    step = max(0.0, beyond_few - PROBE_FEW * each)
+    count = 1 if kind == "pipeline" else PROBE.num_layers
+    ranks = few.layout.world_size
+    return MeasuredEngine(kind=kind, ranks=ranks, step_us=1e6 * step / count, micro_batch_us=1e6 * each / count)
 
 
 def _probe(layout: Topology, zero_stage: int, micro_batches: int, precision: str) -> Config:
-    """A run of the tiny model."""
-    return Config.model_validate(
-        {
-            "model": PROBE.model_dump(),
-            "parallel": {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero_stage": zero_stage},
-            "train": {"micro_batch_size": 1, "global_batch_size": layout.data * micro_batches, "steps": 1000, "precision": precision},
-            "data": {"train": ["synthetic"]},
-            "run": {"dir": "unused"},
-        }
-    )
-
-
-def _predicted(config: Config, layout: Topology, profile: Profile, cluster: Cluster) -> float:
-    plan = Plan(layout, config.train.micro_batch_size, stage_layers(config), zero_stage=config.parallel.zero_stage)
-    return TimeModel(workload_of(config), cluster.with_devices(layout.world_size), profile).step(plan).total
+    """A run of the tiny model, with the DeepSpeed configuration that planned recipes have."""
+    values = {
+        "model": PROBE.model_dump(),
+        "parallel": {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero_stage": zero_stage},
+        "train": {"micro_batch_size": 1, "global_batch_size": layout.data * micro_batches, "steps": 1000, "precision": precision},
+        "data": {"train": ["synthetic"]},
+        "run": {"dir": "unused"},
+        "deepspeed": f"zero{zero_stage}.json",
+    }
+    return parse_config(values, RECIPES / "probe.yaml")
 
 
 def excess(cluster: Cluster, profile: Profile) -> list[str]:

@@ -42,10 +42,13 @@ class MeasuredLink(Section):
     """Microseconds of one step of the ring."""
 
 
+Kind = Literal["zero0", "zero1", "zero2", "zero3", "pipeline"]
+
+
 class MeasuredEngine(Section):
     """What training a tiny model took beyond what it computes and sends: the work of DeepSpeed and of Python."""
 
-    kind: Literal["zero0", "zero1", "zero2", "zero3", "pipeline"]
+    kind: Kind
     """The engine without stages, by its ZeRO stage; or the one with stages."""
     ranks: Count
     """Processes that trained. ZeRO-2 and 3 mostly wait for messages, whose number grows with the data-parallel size."""

@@ -277,8 +277,9 @@ class TimeModel:
             # Weights are gathered for the forward and the backward pass, gradients scattered after it; DeepSpeed does so tensor by tensor.
             data = self._not_hidden(3 * micro_batches * network.flat_gather(bytes_, layout.data, stride), passes)
         elif plan.zero_stage == 2:
-            # Gradients are scattered after every micro-batch, weights gathered after the update. DeepSpeed overlaps neither unless told to.
-            data = (micro_batches + 1) * network.gather(bytes_, layout.data, stride)
+            # After every micro-batch DeepSpeed sums whole buckets on all ranks, of which each keeps its part; after the update weights are
+            # gathered. It overlaps neither unless told to.
+            data = micro_batches * network.all_reduce(bytes_, layout.data, stride) + network.gather(bytes_, layout.data, stride)
         else:
             data = network.all_reduce(bytes_, layout.data, stride)
         if layout.pipeline > 1:  # first and last stage sum the gradients of the token embedding that they share

@@ -40,12 +40,11 @@ def test_constants_of_a_known_machine_are_found(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(calibration, "try_plan", pretend)
     found = calibration.measure_training(measured, CLUSTER, "fp32", 4)
     for link, true in zip(found.links, truth.links, strict=True):
-        assert link.latency_us == pytest.approx(true.latency_us, rel=0.15)
+        assert link.latency_us == pytest.approx(true.latency_us, rel=0.02)
     for engine in engines:
         again = next(one for one in found.engines if one.kind == engine.kind)
-        # Latencies were not known yet when the engines were measured: a part of them is counted there.
-        assert again.step_us == pytest.approx(engine.step_us, abs=5e3)
-        assert again.micro_batch_us == pytest.approx(engine.micro_batch_us, abs=3e3)
+        assert again.step_us == pytest.approx(engine.step_us, rel=0.02, abs=200)
+        assert again.micro_batch_us == pytest.approx(engine.micro_batch_us, rel=0.02, abs=200)
 
 
 def test_a_plan_is_really_trained() -> None:
@@ -55,7 +54,7 @@ def test_a_plan_is_really_trained() -> None:
 
 def test_a_trial_that_fails_says_why() -> None:
     config = load_config(QUICKSTART, ["parallel.tensor=2", "parallel.pipeline=2"])
-    with pytest.raises(InputError, match=r"process 0: LayoutError: "):
+    with pytest.raises(InputError, match=r"process [01]: LayoutError: "):
         try_plan(config, 2, steps=1)
 
 

@@ -76,16 +76,17 @@ def seconds_of(work: Callable[[], object], at_least: float = WINDOW_SECONDS) -> 
     return float(np.median(means))
 
 
-def measure_matmuls(dtype: torch.dtype, budget: float) -> tuple[MeasuredMatmul, ...]:
+def measure_matmuls(dtype: torch.dtype, budget: float, world: Group) -> tuple[MeasuredMatmul, ...]:
     """Products from the smallest up, until the time is spent.
 
     Args:
         dtype: of the matrices.
-        budget: seconds.
+        budget: seconds, by the clock of the first rank.
+        world: all ranks. They go through the products together: one that is ahead would leave its cores to the others.
     """
     device, end, found = accelerator.device(), time.monotonic() + budget, []
     for m, n, k in sorted(itertools.product(TOKENS, WIDTHS, WIDTHS), key=lambda sides: sides[0] * sides[1] * sides[2]):
-        if time.monotonic() > end:
+        if collectives.broadcast_object(time.monotonic() > end, world):
             break
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
 
@@ -188,9 +189,10 @@ def measure(cluster: Cluster, precision: str, budget: float, world_size: int) ->
         groups = Groups.create(Topology(tensor=ranks, pipeline=1, data=world_size // ranks), TIMEOUT_SECONDS)
         level = next((level for level in cluster.levels if level.devices >= ranks), cluster.levels[-1])
         links.append(measure_link(groups.tensor, groups.world, level.name))
-    sharing = measure_sharing(Groups.create(Topology(1, 1, world_size), TIMEOUT_SECONDS).world)
+    world = Groups.create(Topology(1, 1, world_size), TIMEOUT_SECONDS).world
+    sharing = measure_sharing(world)
     bandwidth, overhead = measure_memory(), measure_operator()
-    matmuls = measure_matmuls(DTYPES[precision], budget)
+    matmuls = measure_matmuls(DTYPES[precision], budget, world)
     peak = cluster.device.peak_tflops[precision].value
     return Profile(
         matmul_efficiency=min(1.0, max(product.tflops for product in matmuls) / peak),

@@ -3,6 +3,7 @@
 python tools/plan_parallel.py --model 200B --cluster ds_configs/clusters/ascend910_2048.yaml --global-batch-size 2048
 python tools/plan_parallel.py --model 13B --cluster ds_configs/clusters/a100_80.yaml --devices 64 --write my_13B.yaml
 python tools/plan_parallel.py calibrate --output profile.yaml      # measure this machine
+python tools/plan_parallel.py measure --model ds_configs/quickstart.yaml --profile profile.yaml      # really run some plans here
 python tools/plan_parallel.py validate --fit runs.csv --cross      # how far predictions can be trusted
 """
 
@@ -11,11 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from planning import calibrate, plan, validate
+from planning import calibrate, measure, plan, validate
 
 from pangu.errors import exit_code
 
-COMMANDS = {"plan": plan, "calibrate": calibrate, "validate": validate}
+COMMANDS = {"plan": plan, "calibrate": calibrate, "measure": measure, "validate": validate}
 """Each is a module with `add_arguments(parser)` and `run(arguments)`. Without the name of one, `plan` is meant."""
 
 

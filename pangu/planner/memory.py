@@ -8,7 +8,7 @@ Shapes: B micro-batch, S sequence, H hidden size, F MLP width, A heads, T tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pangu.planner.parameters import rank_parameters
@@ -39,6 +39,8 @@ class Platform:
     """The loss goes through the tokens in chunks; or else the logits of a whole micro-batch are there at once."""
     pipeline_copies: bool = True
     """DeepSpeed's pipeline keeps what a stage was sent and what it sends, besides what autograd keeps, until the backward pass."""
+    update_copies: bool = True
+    """DeepSpeed updates with fp32 copies of the gradients, made in the optimizer step."""
     reserve_fraction: float = 0.1
     """Of what is needed: lost to the allocator's fragments, and to temporaries of single kernels."""
     reserve_bytes: int = 3 * GIB // 2
@@ -47,7 +49,9 @@ class Platform:
 
 ACCELERATOR = Platform()
 CPU = Platform(mask_bytes=0, fused_dropout=False, reserve_fraction=0.0, reserve_bytes=0)
-MEGATRON = Platform(softmax_in_fp32=False, keeps_gathered=False, keeps_small=False, chunked_loss=False, pipeline_copies=False)
+MEGATRON = Platform(
+    softmax_in_fp32=False, keeps_gathered=False, keeps_small=False, chunked_loss=False, pipeline_copies=False, update_copies=False
+)
 """Megatron-LM on GPUs, as its authors count."""
 
 
@@ -89,6 +93,8 @@ def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platfo
         offload_optimizer=plan.offload_optimizer,
         offload_parameters=plan.offload_parameters,
     )
+    if not platform.update_copies:
+        states = replace(states, step=0)
     layer = layer_activation_bytes(workload, plan, platform)
     recomputed = layer_activation_bytes(workload, plan, platform, recompute="none") - layer
     kept = plan.stage_layers[stage] * layer + end_activation_bytes(workload, plan, platform, first=first, last=last)

@@ -18,6 +18,7 @@ from pangu.config_file import first_problem, read_yaml
 from pangu.errors import InputError
 
 Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -41,6 +42,22 @@ class MeasuredLink(Section):
     """Microseconds of one step of the ring."""
 
 
+Kind = Literal["zero0", "zero1", "zero2", "zero3", "pipeline"]
+
+
+class MeasuredEngine(Section):
+    """What training a tiny model took beyond what it computes and sends: the work of DeepSpeed and of Python."""
+
+    kind: Kind
+    """The engine without stages, by its ZeRO stage; or the one with stages."""
+    ranks: Count
+    """Processes that trained. ZeRO-2 and 3 mostly wait for messages, whose number grows with the data-parallel size."""
+    step_us: NotNegative
+    """Microseconds of a step: for each layer of a rank; of the pipeline for each stage."""
+    micro_batch_us: NotNegative
+    """Microseconds of a micro-batch: for each layer of a rank; in a pipeline in each stage."""
+
+
 class Profile(Section):
     """What a software stack makes of the figures of a cluster."""
 
@@ -58,12 +75,17 @@ class Profile(Section):
     """Of the network between servers."""
     unaligned: Annotated[float, Field(ge=1.0)] = 5.2
     """How many times longer a product takes whose inner sides are no multiples of 8 elements: matrix units need 16 bytes."""
-    overhead_us: Annotated[float, Field(ge=0.0)] = 5.0
+    overhead_us: NotNegative = 5.0
     """Microseconds to start one operator."""
     overlap: Annotated[float, Field(ge=1.0)] = 3.0
     """How well ZeRO-3 traffic hides under the computation: exponent k of (traffic^k + computation^k)^(1/k), 1 = not at all."""
+    sharing: Annotated[float, Field(ge=1.0)] = 1.0
+    """How many times as fast a rank is while the others wait: processes that share cores get those of the waiting ones."""
+    sequence_sums: Annotated[int, Field(ge=0)] = 0
+    """Small all-reduces that each layer adds to a backward pass under sequence parallelism. Megatron does them once a step, together."""
     matmuls: tuple[MeasuredMatmul, ...] = ()
     links: tuple[MeasuredLink, ...] = ()
+    engines: tuple[MeasuredEngine, ...] = ()
 
     def correction(self, m: float, n: float, k: float, formula: list[float]) -> float:
         """What to multiply the formula's time of a product by: mean over the measured ones, weighted by 1 / distance^2 of the logarithms.
@@ -84,6 +106,11 @@ class Profile(Section):
         """The measurement of a level whose number of ranks is nearest."""
         links = [link for link in self.links if link.level == level]
         return min(links, key=lambda link: abs(math.log(link.ranks / ranks)), default=None)
+
+    def engine(self, zero_stage: int, *, pipeline: bool) -> MeasuredEngine | None:
+        """The measurement of the engine that a plan runs on."""
+        kind = "pipeline" if pipeline else f"zero{zero_stage}"
+        return next((engine for engine in self.engines if engine.kind == kind), None)
 
     def to_yaml(self) -> str:
         """A profile file; `load_profile` reads it back equal."""

@@ -64,6 +64,8 @@ class Run:
     seconds: float | None
     """Of one optimizer step, as measured."""
     out_of_memory: bool
+    batch_is_known: bool = True
+    """Or else memory can be told, but no time."""
     notes: tuple[str, ...] = ()
     """What was assumed."""
 
@@ -167,29 +169,33 @@ def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
     if name == "a100_80" and cells["family"].startswith("BLOOM"):
         name = "a100_80_omnipath"
     layout = _layout(cells, notes)
-    cluster = cluster_of(name).with_devices(layout.world_size)
+    cluster = cluster_of(name)
+    server = max((level.devices for level in cluster.levels[:-1] if level.devices < layout.world_size), default=1)
+    cluster = cluster.with_devices(-(-layout.world_size // server) * server)  # whole servers, the last one partly idle
     if layers > MAX_LAYERS:
         raise UnclearRow(f"layers = {layers}, but {MAX_LAYERS} are the most that is believed")
     if layout.pipeline > layers:
         raise UnclearRow(f"pp = {layout.pipeline} is more than layers = {layers}")
 
-    batch = _count(cells, "global_batch")
-    if cells["micro_batch"].strip():
-        micro_batches: tuple[int, ...] = (_count(cells, "micro_batch"),)
-        if batch % (layout.data * micro_batches[0]):
-            batch = math.ceil(batch / (layout.data * micro_batches[0])) * layout.data * micro_batches[0]
-            notes.append(f"global_batch is no multiple of dp x micro_batch, {batch} is assumed")
+    given = _count(cells, "global_batch", 0)
+    if micro_batch := _count(cells, "micro_batch", 0):
+        micro_batches: tuple[int, ...] = (micro_batch,)
     else:
-        micro_batches = tuple(size for size in MICRO_BATCHES if batch % (layout.data * size) == 0)
-        if not micro_batches:
-            raise UnclearRow(f"global_batch = {batch} is not a multiple of dp = {layout.data}")
+        micro_batches = tuple(size for size in MICRO_BATCHES if given % (layout.data * size) == 0) or MICRO_BATCHES[:1]
         notes.append("micro_batch is not given, the fastest that fits is assumed")
+    # In memory a pipeline counts once it is full.
+    batch = given or layout.world_size * max(micro_batches)
+    if not given:
+        notes.append("global_batch is empty: memory can be told, but no time")
+    if more := batch % (layout.data * micro_batches[0]):
+        batch += layout.data * micro_batches[0] - more
+        notes.append(f"global_batch is no multiple of dp x micro_batch, {batch} is assumed")
     plan = Plan(
         layout=layout,
         micro_batch_size=1,
         stage_layers=spread_layers(layers, layout.pipeline),
         zero_stage=_zero_stage(cells["zero"]),
-        sequence_parallel=cells["seqpar"].strip() == "1",
+        sequence_parallel=cells["seqpar"].strip().lower() in ("1", "true", "yes"),
         recompute=_recompute(cells["recompute"]),
         interleave=_count(cells, "interleave", 1),
         bucket_elements=BUCKET_ELEMENTS,
@@ -202,8 +208,9 @@ def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
         workload=Workload(model, sequence, batch, _precision(cells["precision"], cluster)),
         plans=tuple(replace(plan, micro_batch_size=size) for size in micro_batches),
         cluster=cluster,
-        seconds=_seconds(cells["iter_s"]),
-        out_of_memory=cells["mem_gb"].strip() == "OOM",
+        seconds=_seconds(cells["iter_s"]) if given else None,
+        out_of_memory=any(_is_oom(cells[column]) for column in ("mem_gb", "iter_s")),
+        batch_is_known=given > 0,
         notes=tuple(notes),
     )
 
@@ -219,8 +226,12 @@ def _count(cells: dict[str, str], column: str, default: int | None = None) -> in
     return int(text)
 
 
+def _is_oom(text: str) -> bool:
+    return text.strip().lower().startswith(("oom", "out of memory"))
+
+
 def _seconds(text: str) -> float | None:
-    if not text.strip():
+    if not text.strip() or _is_oom(text):
         return None
     try:
         seconds = float(text)
@@ -243,36 +254,41 @@ def _layout(cells: dict[str, str], notes: list[str]) -> Topology:
         notes.append(f"tp x pp x dp is not n_devices = {devices}, another dp is assumed")
     if unknown:
         rest = math.prod(size for column, size in sizes.items() if column not in unknown)
-        if devices % rest:
+        if devices % rest and sizes["dp"]:
+            notes[-1:] = [f"n_devices = {devices} is not believed: tp x pp x dp is {math.prod(sizes.values())}"]
+            devices = math.prod(sizes.values())
+        elif devices % rest:
             raise UnclearRow(f"n_devices = {devices} is not a multiple of the product of the axes, {rest}")
         sizes[unknown[0]] = devices // rest
     return Topology(tensor=sizes["tp"], pipeline=sizes["pp"], data=sizes["dp"])
 
 
 def _zero_stage(text: str) -> int:
-    text = text.strip()
-    if text.startswith("opt-parallel"):
+    word = text.strip().lower()
+    if word.startswith("opt-parallel"):
         return 1
-    if text in ("", "auto"):
+    if word in ("", "auto", "none", "no", "off"):
         return 0
-    if text not in ("0", "1", "2", "3"):
+    found = re.fullmatch(r"(?:zero|stage)?[ _-]*([0-3])\b.*", word)
+    if not found:
         raise UnclearRow(f"zero = {text!r} is no stage from 0 to 3")
-    return int(text)
+    return int(found[1])
 
 
 def _recompute(text: str) -> Recompute:
-    word = text.strip().partition("(")[0]
+    word = text.strip().lower().partition("(")[0].strip()
     if word == "full":
         return "full"
     if word == "selective":
         return "selective"
-    if word in ("", "none"):
+    if word in ("", "none", "no", "0"):
         return "none"
     raise UnclearRow(f"recompute = {text!r} is not none, selective or full")
 
 
 def _precision(text: str, cluster: Cluster) -> str:
-    for precision in re.findall(r"bf16|fp16|fp32", text):
+    short = text.lower().replace("bfloat", "bf").replace("float", "fp")
+    for precision in re.findall(r"bf16|fp16|fp32", short):
         if precision in cluster.device.peak_tflops:
             return precision
     raise UnclearRow(f"precision = {text!r} is none that {cluster.device.name} has")

@@ -48,6 +48,8 @@ class StepTime:
     """Gradients and weights between replicas, as far as nothing hides it."""
     optimizer: float
     """The update, and what offloading moves for it."""
+    engine: float
+    """What DeepSpeed and Python do besides, where a profile has measured it."""
 
     @property
     def total(self) -> float:
@@ -140,18 +142,24 @@ class TimeModel:
         handing = 2 * hand_over * plan.interleave
         for stage in range(stages):
             times[stage] += handing * ((stage > 0) + (stage < stages - 1)) / 2
+        engine_step, engine_micro_batch = self._engine(plan)
+        times = [seconds + engine_micro_batch for seconds in times]
         imbalance, bubble = waiting(times, layer.forward / (layer.total - layer.tensor), micro_batches, plan.interleave)
         share = micro_batches / stages
+        # Ranks that share cores work faster while others wait; then a stage waits less for the others.
+        busy, idle = share * sum(times), imbalance + bubble
+        waits = max(0.0, (busy + idle) / self.profile.sharing - busy) / idle if idle else 0.0
         data, optimizer = self._update(plan, layer, micro_batches)
         return StepTime(
             compute=share * (layers * (layer.forward + layer.backward) + first.forward + first.backward + last.forward + last.backward),
             recompute=share * layers * layer.recompute,
             tensor=share * (layers * layer.tensor + first.tensor + last.tensor),
             point_to_point=share * handing * (stages - 1),
-            imbalance=imbalance,
-            bubble=bubble,
+            imbalance=waits * imbalance,
+            bubble=waits * bubble,
             data=data,
             optimizer=optimizer,
+            engine=engine_step + micro_batches * engine_micro_batch,
         )
 
     def layer_seconds(self, plan: Plan) -> list[float]:
@@ -207,6 +215,8 @@ class TimeModel:
         # Both directions reduce twice; full recomputation reduces once more each.
         reductions = 6 if recompute == "full" else 4
         talk = reductions * self.network.all_reduce(element * tokens * hidden, tensor, 1)
+        if sequence_parallel:
+            talk += self.profile.sequence_sums * self.network.all_reduce(element * hidden, tensor, 1)
         return Piece(forward, backward, again, talk)
 
     def _attention(self, micro_batch: int, tensor: int) -> tuple[float, float]:
@@ -238,7 +248,9 @@ class TimeModel:
             loss = tokens * vocabulary * 3 * FP32_BYTES / self._bandwidth
             accumulated = ACCUMULATION_BYTES * vocabulary * model.hidden_size / self._bandwidth
             embedding = Piece(lookup, 2 * lookup + accumulated, 0.0, reduce)
-            logits = Piece(product + loss, 2 * product + loss + accumulated, 0.0, reduce)
+            # The loss reduces a maximum, and then the label's score and the sum of exponentials, of each token.
+            losses = self.network.all_reduce(tokens * FP32_BYTES, tensor, 1) + self.network.all_reduce(2 * tokens * FP32_BYTES, tensor, 1)
+            logits = Piece(product + loss, 2 * product + loss + accumulated, 0.0, reduce + losses)
             self._ends[key] = embedding, logits
         return self._ends[key]
 
@@ -265,8 +277,9 @@ class TimeModel:
             # Weights are gathered for the forward and the backward pass, gradients scattered after it; DeepSpeed does so tensor by tensor.
             data = self._not_hidden(3 * micro_batches * network.flat_gather(bytes_, layout.data, stride), passes)
         elif plan.zero_stage == 2:
-            # Gradients are scattered after every micro-batch, weights gathered after the update. DeepSpeed overlaps neither unless told to.
-            data = (micro_batches + 1) * network.gather(bytes_, layout.data, stride)
+            # After every micro-batch DeepSpeed sums whole buckets on all ranks, of which each keeps its part; after the update weights are
+            # gathered. It overlaps neither unless told to.
+            data = micro_batches * network.all_reduce(bytes_, layout.data, stride) + network.gather(bytes_, layout.data, stride)
         else:
             data = network.all_reduce(bytes_, layout.data, stride)
         if layout.pipeline > 1:  # first and last stage sum the gradients of the token embedding that they share
@@ -281,6 +294,17 @@ class TimeModel:
         if plan.offload_parameters:
             data += 2 * micro_batches * bytes_ / layout.data / self._host
         return data, optimizer
+
+    def _engine(self, plan: Plan) -> tuple[float, float]:
+        """Seconds that the engine adds to a step, and to a micro-batch in each stage."""
+        pipeline = plan.layout.pipeline > 1
+        measured = self.profile.engine(plan.zero_stage, pipeline=pipeline)
+        if measured is None:
+            return 0.0, 0.0
+        count = 1.0 if pipeline else float(sum(plan.stage_layers))
+        if not pipeline and plan.zero_stage >= 2:
+            count *= self.network.gather(0.0, plan.layout.data, plan.layout.tensor) / self.network.gather(0.0, measured.ranks, 1)
+        return 1e-6 * measured.step_us * count, 1e-6 * measured.micro_batch_us * count
 
     def _not_hidden(self, traffic: float, computation: float) -> float:
         """What traffic adds to the computation that it runs beside: between all of it (exponent 1) and what exceeds it (endless)."""

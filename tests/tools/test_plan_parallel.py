@@ -13,7 +13,11 @@ from published_runs import table
 
 from pangu.config import load_config
 from pangu.layout import validate_layout
-from pangu.planner.profile import load_profile
+from pangu.planner.hardware import load_cluster
+from pangu.planner.memory import CPU
+from pangu.planner.plan import workload_of
+from pangu.planner.profile import Profile, load_profile
+from pangu.planner.search import Search
 from pangu.training.report import stage_reports
 
 ROOT = Path(__file__).parents[2]
@@ -66,10 +70,15 @@ def test_refused_options(arguments: list[str], message: str, monkeypatch: pytest
     assert message in capsys.readouterr().err
 
 
-def test_two_processes_measure_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_measure_this_machine(trains: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not trains:
+        monkeypatch.setattr("planning.calibrate.measure_training", lambda profile, *_: profile)
     output = tmp_path / "profile.yaml"
-    assert plan_parallel(monkeypatch, "calibrate", "--cluster", CLUSTER, "--output", output, "--processes", "2", "--seconds", "1") == 0
+    assert plan_parallel(monkeypatch, "calibrate", "--output", output, "--processes", "2", "--seconds", "1") == 0
     profile = load_profile(output)
+    assert len(profile.engines) == (5 if trains else 0)
+    assert profile.sharing >= 1.0
     assert len(profile.matmuls) >= 3
     assert all(1e-4 < product.tflops < 100 for product in profile.matmuls)
     [link] = profile.links
@@ -86,6 +95,30 @@ def test_what_the_processes_refuse_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert "unknown key layers" in capsys.readouterr().err
     assert plan_parallel(monkeypatch, *arguments, "--processes", "0") == 2
     assert "--processes must be 1 or more" in capsys.readouterr().err
+
+
+def test_plans_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--model", ROOT / "ds_configs" / "quickstart.yaml", "--global-batch-size", "4", "model.num_layers=2")
+    assert plan_parallel(monkeypatch, "measure", *model, "--processes", "2", "--plans", "2", "--steps", "1", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len({row["plan"] for row in result["plans"]}) == 2
+    assert all(0 < row[key] < 60 for row in result["plans"] for key in ("predicted_step_seconds", "measured_step_seconds"))
+    assert abs(result["rank_correlation"]) == pytest.approx(1.0)
+    assert plan_parallel(monkeypatch, "measure", *model, "--plans", "1") == 2
+    assert "expected 2 or more plans" in capsys.readouterr().err
+
+
+def test_measured_plans_differ() -> None:
+    from planning.measure import rank_correlation, spread
+
+    workload, cluster = workload_of(load_config(ROOT / "ds_configs" / "quickstart.yaml")), load_cluster(CLUSTER)
+    candidates = Search(workload, cluster, Profile(), CPU).run().candidates
+    plans = [one.plan for one in spread(candidates, 10)]
+    assert plans[0] == candidates[0].plan
+    assert {plan.layout.tensor for plan in plans} == {plan.layout.pipeline for plan in plans} == {1, 2, 4}
+    assert len({plan.zero_stage for plan in plans}) >= 3
+    assert len({plan.recompute for plan in plans}) == len({plan.sequence_parallel for plan in plans}) == 2
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 15, 99]) == pytest.approx(0.8)
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

@@ -158,7 +158,7 @@ def table(result: dict[str, Any]) -> Table:
     )
     table = Table(title=title, caption=f"{result['device']}; {model['threads']} threads")
     for heading in ("", "malloc", "tokens/s", "range", "peak MB", "MFU"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if heading else "left")
     metrics = ("tokens_per_second", "all_tokens_per_second", "peak_bytes", "mfu")
     sides = {name: {metric: ours.get(f"{metric}, {name}") for metric in metrics} for name in OURS}
     for name, side in {**sides, **result["peers"]}.items():

@@ -1,6 +1,6 @@
-"""Measure matrix products and collectives on this machine, and write them as a profile for the time model.
+"""Measure this machine for the time model: matrix products, memory, collectives, and what DeepSpeed's engines cost. Writes a profile.
 
-One process a device is started, on CPU as many as are asked for; all measure at once. Two minutes at most with the defaults.
+One process a device is started, on CPU as many as are asked for; all measure at once. Two to three minutes with the defaults.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import sys
 from pathlib import Path
 
 from pangu.errors import InputError
+from pangu.planner.calibration import measure_training
 from pangu.planner.hardware import load_cluster
+from pangu.planner.profile import load_profile
+from pangu.planner.search import server_devices
 
 START_SECONDS = 300.0
+CPU_CLUSTER = Path(__file__).parents[2] / "ds_configs" / "clusters" / "cpu_gloo.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `calibrate`."""
-    parser.add_argument("--cluster", type=Path, required=True, metavar="YAML", help="the machine's figures; a profile holds shares of them")
+    help_cluster = "the machine's figures, which the profile is relative to (default: cpu_gloo.yaml)"
+    parser.add_argument("--cluster", type=Path, default=CPU_CLUSTER, metavar="YAML", help=help_cluster)
     parser.add_argument("--output", type=Path, required=True, metavar="YAML", help="where to write the profile")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="devices of this machine to use (default 2)")
+    parser.add_argument("--processes", type=int, metavar="N", help="devices of this machine to use (default: a server of the cluster)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the matrix products (default fp32)")
     parser.add_argument("--seconds", type=float, default=30.0, help="for the matrix products (default 30)")
 
@@ -31,12 +36,13 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: what they refuse.
     """
-    if arguments.processes < 1 or not 0 < arguments.seconds <= 3600:
+    if (arguments.processes is not None and arguments.processes < 1) or not 0 < arguments.seconds <= 3600:
         raise InputError("--processes must be 1 or more, and --seconds between 0 and 3600.")
     cluster = load_cluster(arguments.cluster)  # before anything is started
-    if arguments.processes > cluster.num_devices:
-        raise InputError(f"--processes {arguments.processes} is more than the {cluster.num_devices} devices of {arguments.cluster}.")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.processes)]
+    processes = arguments.processes or server_devices(cluster)
+    if processes > cluster.num_devices:
+        raise InputError(f"--processes {processes} is more than the {cluster.num_devices} devices of {arguments.cluster}.")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     paths = ["--cluster", str(arguments.cluster), "--output", str(arguments.output)]
     options = ["--precision", arguments.precision, "--seconds", str(arguments.seconds)]
     command = [*launcher, "-m", "pangu.planner.calibration", *paths, *options]
@@ -54,4 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise RuntimeError(f"the measuring processes failed:\n{errors[-3000:]}")
     for line in own:
         print(line, file=sys.stderr)
+    profile = load_profile(arguments.output)
+    profile = measure_training(profile, cluster, arguments.precision, processes)
+    arguments.output.write_text(profile.to_yaml(), encoding="utf-8")
     print(f"written: {arguments.output}")

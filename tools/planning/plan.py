@@ -37,16 +37,21 @@ EXAMPLE = Plan(Topology(tensor=8, pipeline=2, data=1), micro_batch_size=1, stage
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the search."""
-    parser.add_argument("--model", required=True, metavar="SIZE|YAML", help=f"{', '.join(MODEL_PRESETS)}, or a recipe of pangu.train")
+    add_model_arguments(parser)
     parser.add_argument("--cluster", required=True, type=Path, metavar="YAML", help="such as those in ds_configs/clusters")
     parser.add_argument("--devices", type=int, metavar="N", help="instead of the cluster's number")
-    parser.add_argument("--global-batch-size", type=int, metavar="N", help="samples a step; default: the recipe's")
     parser.add_argument("--profile", type=Path, metavar="YAML", help="what `calibrate` measured, or `validate` fitted")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="plans to show (default: %(default)s)")
     parser.add_argument("--explain", nargs="+", metavar="KEY=VALUE", help="why not a plan with these values")
     parser.add_argument("--write", type=Path, metavar="YAML", help="make the best plan (with --explain: the best of those) a recipe")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw all plans; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `base_recipe`."""
+    parser.add_argument("--model", required=True, metavar="SIZE|YAML", help=f"{', '.join(MODEL_PRESETS)}, or a recipe of pangu.train")
+    parser.add_argument("--global-batch-size", type=int, metavar="N", help="samples a step; default: the recipe's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
 
 
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     cluster = load_cluster(arguments.cluster)
     if arguments.devices is not None:
         cluster = cluster.with_devices(arguments.devices)
-    base, overrides, config = _recipe(arguments, cluster)
+    base, overrides, config = base_recipe(arguments, cluster)
     workload = workload_of(config)
     profile = load_profile(arguments.profile) if arguments.profile else Profile()
     search = Search(workload, cluster, profile, CPU if cluster.device.kind == "cpu" else ACCELERATOR)
@@ -109,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_recipe(path, values, _remarks(facts, cluster, chosen), cluster.num_devices)
 
 
-def _recipe(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Path, list[str], Config]:
+def base_recipe(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Path, list[str], Config]:
     """The recipe that is planned, the changes to it, and what they make."""
     base = RECIPES / f"{arguments.model}.yaml" if arguments.model in MODEL_PRESETS else Path(arguments.model)
     if arguments.model not in MODEL_PRESETS and not base.is_file():

@@ -72,7 +72,10 @@ def understood(path: Path) -> list[Row]:
 def print_runs(rows: list[Row], fitted: Fit, *, as_json: bool) -> None:
     """One line, or object, for each row."""
     predictions = [
-        (row, fits_in_memory(row.run), fitted.predict(row.run), row.run.seconds) if row.run else (row, None, None, None) for row in rows
+        (row, fits_in_memory(row.run), fitted.predict(row.run) if row.run.batch_is_known else None, row.run.seconds)
+        if row.run
+        else (row, None, None, None)
+        for row in rows
     ]
     if as_json:
         found = [

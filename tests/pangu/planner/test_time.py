@@ -12,7 +12,7 @@ from pangu.config import ModelConfig
 from pangu.errors import InputError
 from pangu.planner.hardware import load_cluster
 from pangu.planner.plan import Plan, Workload
-from pangu.planner.profile import MeasuredMatmul, Profile
+from pangu.planner.profile import MeasuredEngine, MeasuredMatmul, Profile
 from pangu.planner.time import StepTime, TimeModel, waiting
 
 CLUSTERS = Path(__file__).parents[3] / "ds_configs" / "clusters"
@@ -83,11 +83,11 @@ def test_where_an_axis_lies_decides_what_it_costs() -> None:
 
 
 def test_tensor_parallelism_reduces_four_times_a_layer() -> None:
-    """And once each for the embedding and the logits; full recomputation twice more a layer."""
+    """And once each for the embedding and the logits, and little for the loss; full recomputation twice more a layer."""
     plan = Plan(Topology(4, 1, 1), 1, (8,))
     once = 2 * 3 / 4 * (2 * 1024 * 1024) / 100e9
-    assert step(plan).tensor == pytest.approx(32 * (4 * 8 + 2) * once, rel=1e-3)
-    assert step(replace(plan, recompute="full")).tensor == pytest.approx(32 * (6 * 8 + 2) * once, rel=1e-3)
+    assert step(plan).tensor == pytest.approx(32 * (4 * 8 + 2) * once, rel=2e-3)
+    assert step(replace(plan, recompute="full")).tensor == pytest.approx(32 * (6 * 8 + 2) * once, rel=2e-3)
 
 
 def test_zero_stages() -> None:
@@ -108,6 +108,33 @@ def test_heads_of_odd_width_miss_the_matrix_units() -> None:
 def test_fused_attention_stores_no_scores() -> None:
     fused = Workload(MODEL.model_copy(update={"attention": "sdpa"}), 1024, 32, "bf16")
     assert step(ALONE, fused).total < step(ALONE).total
+
+
+def test_ranks_that_share_cores_lose_less_by_waiting() -> None:
+    plan = Plan(Topology(1, 4, 1), 1, (2, 2, 2, 2))
+    alone, shared = (step(plan, profile=Profile(sharing=sharing)) for sharing in (1.0, 1.05))
+    assert shared.compute == alone.compute
+    assert shared.total == pytest.approx(alone.total - (1 - 1 / 1.05) * (alone.total - alone.optimizer - alone.data), rel=1e-3)
+    assert step(plan, profile=Profile(sharing=100.0)).bubble == 0.0
+
+
+def test_measured_engines_add_to_each_layer_and_stage() -> None:
+    measured = (
+        MeasuredEngine(kind="zero1", ranks=4, step_us=1e6, micro_batch_us=1e5),
+        MeasuredEngine(kind="pipeline", ranks=4, step_us=1e6, micro_batch_us=0),
+    )
+    engines = Profile(engines=measured)
+    assert step(ALONE, profile=engines).engine == pytest.approx(8 * (1 + 32 * 0.1))
+    assert step(Plan(Topology(1, 4, 1), 1, (2, 2, 2, 2)), profile=engines).engine == pytest.approx(1.0)
+    assert step(replace(ALONE, zero_stage=0), profile=engines).engine == 0.0
+    waits = Profile(engines=(MeasuredEngine(kind="zero3", ranks=4, step_us=3e6, micro_batch_us=0),))
+    assert step(Plan(Topology(1, 1, 2), 1, (8,), zero_stage=3), profile=waits).engine == pytest.approx(8.0)
+
+
+def test_sums_of_small_gradients_under_sequence_parallelism() -> None:
+    plan = Plan(Topology(4, 1, 1), 1, (8,), sequence_parallel=True)
+    without, with_sums = (step(plan, profile=IDEAL.model_copy(update={"sequence_sums": count}), latency_us=10.0) for count in (0, 6))
+    assert with_sums.tensor - without.tensor == pytest.approx(32 * 8 * 6 * 2 * 3 * (10e-6 + 2048 / 4 / 100e9))
 
 
 def test_measured_products_replace_the_formula() -> None:

@@ -126,11 +126,35 @@ def test_what_a_row_leaves_out_is_assumed_and_said(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"n_devices": "380"},
+        {"tp": "6", "pp": "5", "dp": "3", "n_devices": "90"},
+        {"layers": "71", "pp": "5", "n_devices": "160"},
+        {"global_batch": "2047"},
+        {"global_batch": "2047", "micro_batch": ""},
+        {"global_batch": ""},
+        {"global_batch": "", "micro_batch": "", "family": "Nobody's"},
+        *({"zero": text} for text in ("off", "ZeRO-1", "stage 2", "3 (FSDP)")),
+        *({"precision": text} for text in ("fp16/bf16?", "BF16", "bfloat16", "mixed float16")),
+        *({"recompute": text} for text in ("Full", "full (per layer)", "Selective", "no")),
+        *({"mem_gb": text, "iter_s": ""} for text in ("OOM", "oom", "out of memory")),
+        {"iter_s": "OOM"},
+    ],
+)
+def test_whatever_can_be_understood_fits_or_does_not(file: Path, change: dict[str, str]) -> None:
+    run = one(file, **change)
+    assert fits_in_memory(run) in (True, False)
+    assert run.batch_is_known == bool(change.get("global_batch", "2048"))
+    assert run.out_of_memory == any("o" in change.get(column, "").lower() for column in ("mem_gb", "iter_s"))
+    assert run.seconds is None or run.batch_is_known
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"tp": "", "dp": ""}, "tp, dp empty"),
-        ({"n_devices": "380"}, "n_devices = 380 is not a multiple"),
-        ({"global_batch": ""}, "global_batch is empty"),
+        ({"n_devices": "380", "dp": ""}, "n_devices = 380 is not a multiple"),
         ({"layers": "many"}, "layers = 'many' is not a count"),
         ({"layers": "0"}, "layers = '0' is not a count"),
         ({"layers": "-3"}, "layers = '-3'"),

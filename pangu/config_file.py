@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pangu.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,6 +110,20 @@ def first_problem(error: ValidationError) -> Problem:
     else:
         text = f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
     return Problem(problem["type"], key, text, f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def read_model(path: Path | str, kind: type[Model]) -> Model:
+    """What a YAML file holds, as a pydantic model.
+
+    Raises:
+        InputError: one line naming the file, the key, what was found and what is expected.
+    """
+    path = Path(path)
+    try:
+        return kind.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise InputError(f"{path}: {problem.text}{problem.more}") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from pangu.config import Count, Section
-from pangu.config_file import first_problem, read_yaml
+from pangu.config_file import read_model
 from pangu.errors import InputError
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -108,9 +108,4 @@ def load_cluster(path: Path | str) -> Cluster:
     Raises:
         InputError: one line naming the file, the key, what was found and what is expected.
     """
-    path = Path(path)
-    try:
-        return Cluster.model_validate(read_yaml(path))
-    except ValidationError as error:
-        problem = first_problem(error)
-        raise InputError(f"{path}: {problem.text}{problem.more}") from None
+    return read_model(path, Cluster)

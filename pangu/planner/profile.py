@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pangu.config import Count, Section
-from pangu.config_file import first_problem, read_yaml
-from pangu.errors import InputError
+from pangu.config_file import read_model
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -123,9 +122,4 @@ def load_profile(path: Path | str) -> Profile:
     Raises:
         InputError: one line naming the file, the key, what was found and what is expected.
     """
-    path = Path(path)
-    try:
-        return Profile.model_validate(read_yaml(path))
-    except ValidationError as error:
-        problem = first_problem(error)
-        raise InputError(f"{path}: {problem.text}{problem.more}") from None
+    return read_model(path, Profile)

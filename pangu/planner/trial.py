@@ -126,9 +126,10 @@ def step_seconds(config: Config, steps: int) -> list[float]:
 
 
 def random_batches(config: Config, data_size: int, data_rank: int, step: int) -> Iterator[Batch]:
-    """A rank's micro-batches of random tokens."""
+    """A rank's micro-batches of random tokens; a sample is the same in every layout."""
     train, model = config.train, config.model
     sampler = Sampler(train.global_batch_size, train.micro_batch_size, data_size, data_rank)
+    first = min(10, model.vocab_size - 1)  # neither separator nor padding
     for indices in sampler.micro_batches(step * train.global_batch_size):
-        samples = [np.random.default_rng(index).integers(10, model.vocab_size, train.sequence_length + 1) for index in indices]
+        samples = [np.random.default_rng(index).integers(first, model.vocab_size, train.sequence_length + 1) for index in indices]
         yield collate(np.stack(samples), separator_id=model.separator_id, pad_id=model.pad_id, eod_reset=config.data.eod_reset)

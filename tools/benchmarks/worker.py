@@ -12,10 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.machine import memory
@@ -24,26 +23,15 @@ from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import random_weights
 from megatron_ext.topology import Groups
 from pangu.config import Config
-from pangu.data.batches import Batch, collate
-from pangu.data.sampler import Sampler
 from pangu.errors import InputError, exit_code
 from pangu.layout import validate_layout
 from pangu.model.model import PanguModel
+from pangu.planner.trial import random_batches
 from pangu.training.engine import TrainingEngine
 from pangu.training.optimizer import build_optimizer
 
 Step = Callable[[int], float]
 """Takes the optimizer step of this number and returns its loss, which waits for the device."""
-
-
-def batches(config: Config, data_size: int, data_rank: int, step: int) -> Iterator[Batch]:
-    """A rank's micro-batches of random tokens without separators or padding; a sample is the same in every layout."""
-    train, model = config.train, config.model
-    sampler = Sampler(train.global_batch_size, train.micro_batch_size, data_size, data_rank)
-    first = min(10, model.vocab_size - 1)
-    for indices in sampler.micro_batches(step * train.global_batch_size):
-        samples = [np.random.default_rng(index).integers(first, model.vocab_size, train.sequence_length + 1) for index in indices]
-        yield collate(np.stack(samples), separator_id=model.separator_id, pad_id=model.pad_id, eod_reset=config.data.eod_reset)
 
 
 def engine(config: Config) -> Step:
@@ -54,7 +42,7 @@ def engine(config: Config) -> Step:
     place = groups.coordinates
 
     def step(number: int) -> float:
-        return trainer.train_step(batches(config, topology.data, place.data, number), config.optimizer.lr).loss
+        return trainer.train_step(random_batches(config, topology.data, place.data, number), config.optimizer.lr).loss
 
     return step
 
@@ -143,7 +131,7 @@ def plain_loop(
     micro_batches = config.train.global_batch_size // config.train.micro_batch_size
 
     def step(number: int) -> float:
-        source = batches(config, 1, 0, number)
+        source = random_batches(config, 1, 0, number)
         losses = []
         for _ in range(micro_batches):
             batch = next(source)

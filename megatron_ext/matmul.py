@@ -43,10 +43,15 @@ def add_product_(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, is_first: bool) 
         sum_MN.add_(product(a_MK, b_KN))
 
 
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN, and the processor is an x86: the kind where it was measured."""
+    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+
+
 @lru_cache(maxsize=1)
 def has_fast_onednn() -> bool:
-    """Whether this torch has oneDNN, and the processor is an x86 of another vendor than Intel."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+    """Whether it beats MKL with matrices that are not packed beforehand: on processors of another vendor than Intel."""
+    if not has_onednn():
         return False
     try:
         return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -5,7 +5,6 @@ Shapes: B rows, S positions, I input features, O output features (or vocabulary)
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_ext.matmul import has_onednn
 from pangu.model.model import PanguModel
 
 Linear = (ColumnParallelLinear, RowParallelLinear)
@@ -27,17 +27,12 @@ def arrange_for_cpu(model: PanguModel) -> None:
     A whole model in fp32 on an x86 processor has them packed for oneDNN: it can then no longer be trained or saved. Otherwise they lie as
     [in, out], which BLAS reads faster.
     """
-    if model.context.tensor.size == 1 and can_pack() and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+    if model.context.tensor.size == 1 and has_onednn() and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         _replace(model, PackedLinear, PackedEmbedding)
         return
     for module in model.modules():
         if isinstance(module, (*Linear, VocabParallelEmbedding)):
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def can_pack() -> bool:
-    """Whether this torch can multiply with packed weights, and the processor is of the kind where that was measured to be faster."""
-    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
 def quantize(model: PanguModel) -> None:

@@ -30,7 +30,7 @@ from pangu.model.block import Block, RunOptions
 from pangu.model.stages import stage_layers
 from pangu.planner.hardware import Cluster, load_cluster
 from pangu.planner.plan import Plan, workload_of
-from pangu.planner.profile import Kind, MeasuredEngine, MeasuredLink, MeasuredMatmul, Profile
+from pangu.planner.profile import Kind, MeasuredEngine, MeasuredLink, MeasuredMatmul, Profile, save_profile
 from pangu.planner.recipe import RECIPES
 from pangu.planner.time import OPERATORS, TimeModel
 from pangu.planner.trial import try_plan
@@ -310,10 +310,7 @@ def main() -> None:
     if meeting.rank == 0:
         for text in excess(cluster, profile):
             print(f"{arguments.cluster}: {text}: correct the file and calibrate again", file=sys.stderr)
-        try:
-            arguments.output.write_text(profile.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{arguments.output}: cannot be written ({error.strerror}).") from None
+        save_profile(profile, arguments.output)
     collectives.shutdown()
 
 

@@ -15,6 +15,8 @@ from pydantic import Field
 
 from pangu.config import Count, Section
 from pangu.config_file import read_model
+from pangu.errors import InputError
+from pangu.files import write_durably
 
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
@@ -123,3 +125,15 @@ def load_profile(path: Path | str) -> Profile:
         InputError: one line naming the file, the key, what was found and what is expected.
     """
     return read_model(path, Profile)
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write a profile file; it appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        write_durably(path, profile.to_yaml())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}). Name another file with --output.") from None

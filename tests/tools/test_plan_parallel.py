@@ -61,6 +61,8 @@ def test_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ("arguments", "message"),
     [
         (["validate"], "nothing to predict"),
+        (["calibrate", "--output", "/nowhere/p.yaml"], "there is no folder /nowhere"),
+        (["validate", "--runs", "nowhere.csv", "--fit", "nowhere.csv"], "nowhere.csv: cannot be read"),
         (["validate", "--cross"], "--cross predicts runs of the file that is fitted"),
         (["validate", "--runs", "nowhere.csv"], "nowhere.csv: cannot be read"),
     ],

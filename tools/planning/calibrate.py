@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from pangu.errors import InputError
 from pangu.planner.calibration import measure_training
 from pangu.planner.hardware import load_cluster
-from pangu.planner.profile import load_profile
+from pangu.planner.profile import Profile, load_profile, save_profile
 from pangu.planner.search import server_devices
 
 START_SECONDS = 300.0
@@ -42,8 +43,18 @@ def run(arguments: argparse.Namespace) -> None:
     processes = arguments.processes or server_devices(cluster)
     if processes > cluster.num_devices:
         raise InputError(f"--processes {processes} is more than the {cluster.num_devices} devices of {arguments.cluster}.")
+    if not arguments.output.parent.is_dir():
+        raise InputError(f"--output {arguments.output}: there is no folder {arguments.output.parent}. Make it, or name another file.")
+    with tempfile.TemporaryDirectory() as folder:
+        profile = _measured(arguments, processes, Path(folder) / "profile.yaml")
+    save_profile(measure_training(profile, cluster, arguments.precision, processes), arguments.output)
+    print(f"written: {arguments.output}")
+
+
+def _measured(arguments: argparse.Namespace, processes: int, path: Path) -> Profile:
+    """What processes of this machine measure, all at once; they hand it over in a file."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    paths = ["--cluster", str(arguments.cluster), "--output", str(arguments.output)]
+    paths = ["--cluster", str(arguments.cluster), "--output", str(path)]
     options = ["--precision", arguments.precision, "--seconds", str(arguments.seconds)]
     command = [*launcher, "-m", "pangu.planner.calibration", *paths, *options]
     limit = START_SECONDS + arguments.seconds
@@ -60,7 +71,4 @@ def run(arguments: argparse.Namespace) -> None:
         raise RuntimeError(f"the measuring processes failed:\n{errors[-3000:]}")
     for line in own:
         print(line, file=sys.stderr)
-    profile = load_profile(arguments.output)
-    profile = measure_training(profile, cluster, arguments.precision, processes)
-    arguments.output.write_text(profile.to_yaml(), encoding="utf-8")
-    print(f"written: {arguments.output}")
+    return load_profile(path)

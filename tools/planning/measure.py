@@ -18,16 +18,13 @@ from rich.table import Table
 
 from pangu.config import parse_config
 from pangu.errors import InputError
-from pangu.planner.hardware import load_cluster
-from pangu.planner.memory import ACCELERATOR, CPU
-from pangu.planner.plan import Plan, workload_of
-from pangu.planner.profile import Profile, load_profile
+from pangu.planner.plan import Plan
 from pangu.planner.recipe import recipe
 from pangu.planner.report import in_words
-from pangu.planner.search import Candidate, Search
+from pangu.planner.search import Candidate
 from pangu.planner.trial import try_plan
 from planning.calibrate import CPU_CLUSTER
-from planning.plan import add_model_arguments, base_recipe
+from planning.plan import add_model_arguments, open_search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.plans < 2 or arguments.steps < 1:
         raise InputError(f"--plans {arguments.plans} --steps {arguments.steps}: expected 2 or more plans and 1 or more steps.")
-    cluster = load_cluster(arguments.cluster)
-    if arguments.processes is not None:
-        cluster = cluster.with_devices(arguments.processes)
-    base, overrides, config = base_recipe(arguments, cluster)
-    workload = workload_of(config)
-    profile = load_profile(arguments.profile) if arguments.profile else Profile()
-    search = Search(workload, cluster, profile, CPU if cluster.device.kind == "cpu" else ACCELERATOR)
+    base, overrides, search, _ = open_search(arguments, arguments.processes)
+    cluster, workload = search.cluster, search.workload
     chosen = spread([one for one in search.run().candidates if not one.plan.offload_optimizer], arguments.plans)
     if len(chosen) < 2:
         raise InputError(f"{len(chosen)} plans fit on {cluster.num_devices} x {cluster.device.name}: there is nothing to compare.")

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `base_recipe`."""
+    """Options that say what is trained."""
     parser.add_argument("--model", required=True, metavar="SIZE|YAML", help=f"{', '.join(MODEL_PRESETS)}, or a recipe of pangu.train")
     parser.add_argument("--global-batch-size", type=int, metavar="N", help="samples a step; default: the recipe's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
@@ -63,13 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.top < 1:
         raise InputError(f"--top {arguments.top}: expected 1 or more.")
-    cluster = load_cluster(arguments.cluster)
-    if arguments.devices is not None:
-        cluster = cluster.with_devices(arguments.devices)
-    base, overrides, config = base_recipe(arguments, cluster)
-    workload = workload_of(config)
-    profile = load_profile(arguments.profile) if arguments.profile else Profile()
-    search = Search(workload, cluster, profile, CPU if cluster.device.kind == "cpu" else ACCELERATOR)
+    base, overrides, search, profile = open_search(arguments, arguments.devices)
+    cluster, workload = search.cluster, search.workload
     outcome = search.run()
     if not outcome.candidates:
         raise InputError(_nowhere(search, profile, outcome))
@@ -114,7 +109,18 @@ def run(arguments: argparse.Namespace) -> None:
         write_recipe(path, values, _remarks(facts, cluster, chosen), cluster.num_devices)
 
 
-def base_recipe(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Path, list[str], Config]:
+def open_search(arguments: argparse.Namespace, devices: int | None) -> tuple[Path, list[str], Search, Profile]:
+    """What the options name: the recipe and the changes to it, the search for its plans, and the profile that it goes by."""
+    cluster = load_cluster(arguments.cluster)
+    if devices is not None:
+        cluster = cluster.with_devices(devices)
+    base, overrides, config = _base_recipe(arguments, cluster)
+    profile = load_profile(arguments.profile) if arguments.profile else Profile()
+    platform = CPU if cluster.device.kind == "cpu" else ACCELERATOR
+    return base, overrides, Search(workload_of(config), cluster, profile, platform), profile
+
+
+def _base_recipe(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Path, list[str], Config]:
     """The recipe that is planned, the changes to it, and what they make."""
     base = RECIPES / f"{arguments.model}.yaml" if arguments.model in MODEL_PRESETS else Path(arguments.model)
     if arguments.model not in MODEL_PRESETS and not base.is_file():

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pangu.errors import InputError, one_line
-from pangu.planner.profile import load_profile
+from pangu.planner.profile import load_profile, save_profile
 from pangu.planner.reference import Row, Run, read_runs
 from pangu.planner.validation import Fit, cross_validate, fit, fits_in_memory, score
 
@@ -52,10 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.cross:
             print_families(cross_validate(runs), as_json=arguments.json)
     if arguments.output:
-        try:
-            arguments.output.write_text(fitted.profile.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{arguments.output}: cannot be written ({error.strerror}).") from None
+        save_profile(fitted.profile, arguments.output)
     if arguments.runs:
         print_runs(understood(arguments.runs), fitted, as_json=arguments.json)
 

@@ -26,8 +26,8 @@ POSITIONS = torch.arange(WINDOW).expand(4, -1)
 @pytest.mark.parametrize("packs", [True, False])
 def test_arranged_weights_are_the_same(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packs:
-        monkeypatch.setattr(cpu_weights, "can_pack", lambda: False)
-    elif not cpu_weights.can_pack():
+        monkeypatch.setattr(cpu_weights, "has_onednn", lambda: False)
+    elif not cpu_weights.has_onednn():
         pytest.skip("this torch or this processor packs no weights")
     plain, arranged = small_model(), small_model()
     cpu_weights.arrange_for_cpu(arranged)
@@ -42,7 +42,7 @@ def test_arranged_weights_are_the_same(packs: bool, monkeypatch: pytest.MonkeyPa
         assert (plain.logits(TOKENS, POSITIONS) - arranged.logits(TOKENS, POSITIONS)).abs().max() < 5e-5
 
 
-@pytest.mark.skipif(not cpu_weights.can_pack(), reason="this torch or this processor packs no weights")
+@pytest.mark.skipif(not cpu_weights.has_onednn(), reason="this torch or this processor packs no weights")
 def test_packed_weights_generate_what_plain_ones_recompute() -> None:
     """And the whole batch at once, prompts of every length: it does not change a row."""
     plain, packed = small_model(), small_model()

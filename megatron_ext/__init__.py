@@ -1,1 +1,1 @@
-"""How tensors are split over devices: the parallel layers and the collectives under them. Knows no PanGu."""
+"""How tensors are split over devices: the parallel layers and the collectives under them. They know no model."""

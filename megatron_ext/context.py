@@ -12,7 +12,7 @@ from megatron_ext.random import RngStreams
 from megatron_ext.sharding import ShardSpec
 from megatron_ext.topology import SINGLE, Coordinates, Group
 
-Fill = Callable[[Tensor, ShardSpec, int, int], None]
+ParamInit = Callable[[Tensor, ShardSpec, int, int], None]
 """Writes initial values into one rank's slice: (slice, spec, tensor-parallel rank, tensor-parallel size)."""
 
 
@@ -31,7 +31,7 @@ class ParallelContext:
     """Where parameters are made. `meta` allocates nothing: shapes and counts only."""
     dtype: torch.dtype = torch.float32
     """Of the parameters. Training makes them in fp32 and leaves 16 bits to the engine."""
-    fill: Fill | None = None
+    fill: ParamInit | None = None
     """Where initial weights come from: drawn from a seed (`initialize.random_weights`) or read from files. None leaves them unset."""
     rng: RngStreams = field(default_factory=lambda: RngStreams(None, Coordinates(0, 0, 0)))
     """The streams that drive dropout."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_ext.context import Fill, ParallelContext
+from megatron_ext.context import ParallelContext, ParamInit
 from megatron_ext.sharding import Init, ShardSpec
 
 TILE = 1024
@@ -36,7 +36,7 @@ def make_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter:
     return parameter
 
 
-def random_weights(seed: int) -> Fill:
+def random_weights(seed: int) -> ParamInit:
     """Initial weights drawn from a seed, whatever the split, dtype and device of the slice."""
 
     def fill(local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatron_ext.topology import LayoutError
+from megatron_ext.errors import LayoutError
 
 
 @dataclass(frozen=True)

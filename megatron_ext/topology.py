@@ -9,10 +9,11 @@ other two the order says which is nearer, in Megatron-LM's names:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from megatron_ext.errors import LayoutError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
 
 Order = Literal["tp-dp-pp", "tp-pp-dp"]
 """The axes of the grid of processes, the one that varies fastest first."""
-
-
-class LayoutError(ValueError):
-    """A layout that cannot run: sizes that do not multiply or divide as they must, or ranks that do not come together."""
-
-
-def ranks_in_words(ranks: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 0-3,5`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    numbers = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}"
 
 
 class Coordinates(NamedTuple):
@@ -71,7 +56,7 @@ class Topology:
             raise LayoutError(
                 f"{world_size} processes cannot be arranged as tensor {tensor} x pipeline {pipeline} x data: "
                 f"{world_size} is not a multiple of {tensor} x {pipeline} = {tensor * pipeline}. "
-                f"Start a multiple of {tensor * pipeline} processes, or change parallel.tensor or parallel.pipeline."
+                f"Start a multiple of {tensor * pipeline} processes, or change the tensor- or pipeline-parallel size."
             )
         return cls(tensor=tensor, pipeline=pipeline, data=world_size // (tensor * pipeline), order=order)
 
@@ -150,7 +135,7 @@ class Groups:
     world: Group
 
     @classmethod
-    def describe(cls, topology: Topology, rank: int) -> Groups:
+    def from_topology(cls, topology: Topology, rank: int) -> Groups:
         """The groups of `rank` by arithmetic alone: no process is needed, and none can be talked to."""
         place = topology.coordinates(rank)
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 
-from megatron_ext.topology import LayoutError
+from megatron_ext.errors import LayoutError, RendezvousError
 
 MAX_LINE = 3000
 """Characters of a message, many more than any needs; names and values that it quotes from a file may be of any length."""
@@ -23,9 +23,12 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
+_REFUSALS = (InputError, LayoutError, RendezvousError)
+
+
 def explain(error: BaseException) -> tuple[str, int]:
     """What to print about an error, and the exit code: a line and 2 for refused input, the traceback and 1 for any other."""
-    if isinstance(error, (InputError, LayoutError)):
+    if isinstance(error, _REFUSALS):
         return f"error: {error}", 2
     rank = f"rank {os.environ['RANK']} failed:\n" if "RANK" in os.environ else ""
     return f"{rank}{''.join(traceback.format_exception(error)).rstrip()}", 1
@@ -47,7 +50,7 @@ def exit_code(main: Callable[[], None]) -> Callable[[], None]:
     def wrapped() -> None:
         try:
             main()
-        except (InputError, LayoutError) as error:
+        except _REFUSALS as error:
             if int(os.environ.get("LOCAL_RANK", "0")) > 0:
                 # All ranks are refused alike, as a rule. The first of each server says it, and the launcher ends the others meanwhile.
                 time.sleep(_LAUNCHER_SECONDS)

@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 
 from pangu.config import load_config
+from pangu.config.layout import resolve
 from pangu.errors import InputError, exit_code
-from pangu.layout import validate_layout
 
 
 @exit_code
@@ -40,17 +40,17 @@ def main() -> None:
     if arguments.dry_run:
         from rich.console import Console
 
-        from pangu.training.report import print_report
+        from pangu.training.overview import print_report
 
-        print_report(config, validate_layout(config, arguments.world_size or 1), Console(soft_wrap=True, highlight=False))
+        print_report(config, resolve(config, arguments.world_size or 1), Console(soft_wrap=True, highlight=False))
         return
     # Refuse before the slow imports and before any process talks to another.
-    validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    layout = resolve(config, int(os.environ.get("WORLD_SIZE", "1")))
     # torch logs each connection that a failed rank closes, with a page of C++ frames; we say which rank failed. Read at its import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pangu.training.run import run_training
 
-    run_training(config)
+    run_training(config, layout)
     # The engine is full of cycles that hold process groups. Left to the interpreter's end, their threads may abort the process.
     gc.collect()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]
 
-from harness import ENVIRONMENT  # noqa: E402  (the line above makes it importable)
+from helpers.harness import ENVIRONMENT  # noqa: E402  (the line above makes it importable)
 
 os.environ.update(ENVIRONMENT)
 # The fork server and launched programs import the tests' helpers by name.

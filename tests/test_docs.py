@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from pangu.config import Config, load_config
+from pangu.config.layout import resolve
 from pangu.errors import InputError
-from pangu.layout import validate_layout
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -214,7 +214,7 @@ def test_the_table_of_combinations_is_that_of_the_code(tmp_path: Path) -> None:
             overrides = ["train.precision=fp32", *COMBINATIONS[label]]  # the later one wins
             config = load_config(ROOT / "ds_configs/350M.yaml", [*overrides, f"deepspeed={tmp_path / 'ds.json'}"])
             try:
-                validate_layout(config, 8)
+                resolve(config, 8)
                 allowed = True
             except InputError:
                 allowed = False
@@ -223,7 +223,7 @@ def test_the_table_of_combinations_is_that_of_the_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("page", "heading"), [("README.md", "Sizes"), ("README.zh-CN.md", "模型规模")])
 def test_the_table_of_sizes_is_that_of_the_recipes(page: str, heading: str) -> None:
-    from pangu.presets import num_parameters
+    from pangu.config.sizes import num_parameters
 
     for recipe, layers, hidden, heads, parameters, layout in rows(page, heading):
         model = load_config(recipe.strip("`")).model
@@ -233,12 +233,12 @@ def test_the_table_of_sizes_is_that_of_the_recipes(page: str, heading: str) -> N
         world_size = 1
         for size in sizes:
             world_size *= size
-        topology = validate_layout(load_config(recipe.strip("`")), world_size)
+        topology = resolve(load_config(recipe.strip("`")), world_size).topology
         assert [size for size in (topology.tensor, topology.pipeline, topology.data) if size > 1] == sizes
 
 
 @pytest.mark.parametrize("page", READMES)
 def test_the_example_of_the_demo_counts_its_questions(page: str) -> None:
-    from make_quickstart_corpus import questions
+    from pangu.quickstart.corpus import questions
 
     assert f" of {sum(1 for _ in questions())} questions, " in text(page)

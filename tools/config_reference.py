@@ -1,8 +1,8 @@
-"""Write the table of configuration keys in docs/training.md from pangu/config.py, whose texts it takes.
+"""Write the table of configuration keys in docs/training.md from pangu/config/schema.py, whose texts it takes.
 
     python tools/config_reference.py
 
-Run it after a change of pangu/config.py; tests/test_docs.py fails until then.
+Run it after a change of pangu/config/schema.py; tests/test_docs.py fails until then.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def main() -> None:
     """Rewrite the page."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{PAGE}: keys of pangu/config.py written")
+    print(f"{PAGE}: keys of pangu/config/schema.py written")
 
 
 if __name__ == "__main__":

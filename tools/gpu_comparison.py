@@ -7,8 +7,8 @@
 trains the 350M and the 2.6B model in bf16 on sequences of 1024 without recomputation or dropout: as pangu.train does with ZeRO-0 and
 ZeRO-1, in a plain loop without the engine, and transformers' GPT-2 of equal shape; megatron-core's GPT too if it is installed (its local
 layers, which need neither Transformer Engine nor apex). One after the other, each in a process of its own. It prints tokens a second, peak
-memory and MFU, the share of the device's peak in operations counted as pangu.training.report.flops_per_token does, and writes all of it as
-one JSON object. A peer that fails, for it needs more memory, is left out and named.
+memory and MFU, the share of the device's peak in operations counted as pangu.config.sizes.flops_per_token does, and writes all of it
+as one JSON object. A peer that fails, for it needs more memory, is left out and named.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if one of our own ways fails.
     """
-    from benchmarks import train
-    from benchmarks.machine import describe
-    from benchmarks.workers import Course, Way, take_turns
-
+    from pangu.benchmarks import train
+    from pangu.benchmarks.machine import describe
+    from pangu.benchmarks.workers import Course, Way, take_turns
     from pangu.errors import InputError
 
     ways = train.ways(arguments)
@@ -102,10 +101,10 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from benchmarks import train
-    from benchmarks.workers import on_cpu
     from rich.console import Console
 
+    from pangu.benchmarks import train
+    from pangu.benchmarks.workers import on_cpu
     from pangu.errors import InputError
 
     if on_cpu():

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pangu.conversion.formats import FORMATS
-from pangu.conversion.weights import LazyTensor, Weights, WriteOptions
+from pangu.conversion.weights import Weights, WriteOptions
 from pangu.errors import InputError
 from pangu.files import lock, publish, recover, remove
+from pangu.tensor_files.lazy_tensor import LazyTensor
 
 _HINTS = {
     errno.ENOSPC: "Free some space",

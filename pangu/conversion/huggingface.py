@@ -23,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pangu.config import ModelConfig
-from pangu.conversion import torch_file
-from pangu.conversion.blocks import blocks
-from pangu.conversion.torch_file import StoredTensor
-from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete
+from pangu.conversion.weights import VOCAB_SIZE, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
 from pangu.files import load_json, open_file
-from pangu.tokenizer import EOT, MASK, PAD, SEP, UNK
+from pangu.tensor_files import torch_file
+from pangu.tensor_files.blocks import blocks
+from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.torch_file import StoredTensor
+from pangu.text.tokenizer import EOT, MASK, PAD, SEP, UNK
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"

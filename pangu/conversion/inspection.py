@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pangu.conversion import deepspeed
+from pangu.config.presets import MODEL_PRESETS
 from pangu.conversion.formats import detect_format, open_weights
-from pangu.conversion.mindspore_file import verify_checksum
-from pangu.conversion.weights import LazyTensor, Overrides, Weights
+from pangu.conversion.weights import Overrides, Weights
+from pangu.engine.checkpoint_reader import locate
+from pangu.engine.manifest import MANIFEST, file_problem
 from pangu.errors import InputError
-from pangu.presets import MODEL_PRESETS
-from pangu.training.manifest import MANIFEST, file_problem
+from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.mindspore_file import verify_checksum
 
 Advance = Callable[[int], None]
 """Is told how many more bytes have been read."""
@@ -132,7 +133,7 @@ def look(path: Path, *, format_name: str = "auto", num_heads: int | None = None)
         InputError: if it is of no known format, or damaged so that no list of its tensors can be had.
     """
     name = detect_format(path) if format_name == "auto" else format_name
-    where = deepspeed.locate(path) if name == "deepspeed" else path
+    where = locate(path) if name == "deepspeed" else path
     found = Inspection(where, name, None)
     try:
         found.weights = open_weights(path, Overrides(num_heads, problems=found.problems), format_name=name)

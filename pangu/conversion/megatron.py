@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from pangu.config import ModelConfig
-from pangu.conversion.slices import merged
-from pangu.conversion.torch_file import Planned, StoredTensor, TorchFileWriter, is_torch_file, load
-from pangu.conversion.torch_pickle import Opaque
-from pangu.conversion.weights import VOCAB_SIZE, LazyTensor, Overrides, Weights, WriteOptions, complete, model_specs
+from pangu.conversion.weights import VOCAB_SIZE, Overrides, Weights, WriteOptions, complete, model_specs
 from pangu.errors import InputError
 from pangu.files import open_file
+from pangu.tensor_files.lazy_tensor import LazyTensor, merged
+from pangu.tensor_files.torch_file import Planned, StoredTensor, TorchFileWriter, is_torch_file, load
+from pangu.tensor_files.torch_pickle import Opaque
 
 TRACKER, FILE, TOKENIZER = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "vocab.model"
 DIALECT = "pangu_alpha"

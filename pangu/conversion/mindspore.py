@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from pangu.config import ModelConfig
-from pangu.conversion.mindspore_file import StoredTensor, scan, write_tensor
-from pangu.conversion.weights import LazyTensor, Overrides, States, Weights, WriteOptions, complete
+from pangu.conversion.weights import Overrides, States, Weights, WriteOptions, complete
 from pangu.errors import InputError
+from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.mindspore_file import StoredTensor, scan, write_tensor
 
 # Names inside a block, in the order in which MindSpore saves them, and ours.
 _IN_BLOCK = {

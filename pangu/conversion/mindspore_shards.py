@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from pangu.conversion.mindspore import assemble, read_step, tokenizer_beside
-from pangu.conversion.mindspore_file import MAX_DIMS, MAX_VALUES, Message, StoredTensor, mapped, scan, signed
 from pangu.conversion.npy import open_array
-from pangu.conversion.weights import LazyTensor, Overrides, Weights
+from pangu.conversion.weights import Overrides, Weights
 from pangu.errors import InputError
+from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.mindspore_file import MAX_DIMS, MAX_VALUES, Message, StoredTensor, mapped, scan, signed
 
 _FLAT = re.compile(r"(?:filerted|filtered)_(\d{1,6})\.ckpt")
 _RANK = re.compile(r"rank_(\d{1,6})")

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pangu.conversion.blocks import blocks
 from pangu.conversion.mindspore import assemble, file_names, stored_layout, tokenizer_beside
-from pangu.conversion.mindspore_file import MAX_DIMS, StoredTensor
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions
+from pangu.conversion.weights import Overrides, Weights, WriteOptions
 from pangu.errors import InputError
 from pangu.files import open_file
+from pangu.tensor_files.blocks import blocks
+from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.mindspore_file import MAX_DIMS, StoredTensor
 
 _NAMES = {torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8"}
 _DTYPES = {np.dtype(name): dtype for dtype, name in _NAMES.items()}

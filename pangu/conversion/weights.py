@@ -7,7 +7,7 @@ formats need N readers and N writers. A conversion holds one tensor in memory, w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,17 @@ from torch import Tensor
 from megatron_ext.context import ParallelContext
 from megatron_ext.sharding import ShardSpec, canonical_parameters
 from pangu.config import ModelConfig
+from pangu.config.presets import MODEL_PRESETS
+from pangu.config.sizes import MAX_EXTENT, MAX_LAYERS, check_sizes
 from pangu.errors import InputError, one_line
 from pangu.model.model import PanguModel
+from pangu.tensor_files.lazy_tensor import LazyTensor
 
-MAX_LAYERS, MAX_EXTENT = 512, 2**30
-"""Bounds that no model comes near: to build one, if only its shapes, costs a millisecond and 100 kB a layer."""
 VOCAB_SIZE = 40000
 """Rows of the published vocabulary; a table with more of them that the source's tool padded is cut to it."""
 
 # Heads cannot be seen in weights: every published size has its own (arXiv 2104.12369, Table 1).
-HEADS_BY_HIDDEN_SIZE = {1024: 16, 2560: 32, 5120: 40, 16384: 128}
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A full tensor in the canonical layout that is read when it is asked for."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    """Reads it. The result may be a view of a memory-mapped file: do not write into it, and drop it before reading the next."""
-    read_part: Callable[[int, int, int], Tensor] | None = None
-    """Reads [begin, end) along a dimension, where the format can do that without reading all: (dimension, begin, end)."""
-    copies: Callable[[], Iterable[tuple[str, LazyTensor]]] = tuple
-    """Where else the source holds the same tensor, which is not read from there: (place in words, tensor as it is stored)."""
-
-    def part(self, dimension: int, begin: int, end: int) -> Tensor:
-        """[begin, end) along a dimension, reading no more than that if the format can."""
-        return self.read_part(dimension, begin, end) if self.read_part else self.read().narrow(dimension, begin, end - begin)
+_HEADS_BY_HIDDEN_SIZE = {preset["hidden_size"]: preset["num_heads"] for preset in MODEL_PRESETS.values()}
 
 
 States = Mapping[str, Mapping[str, LazyTensor]]
@@ -145,7 +128,7 @@ class Weights:
                 raise InputError(f"{where}: its {key} is {theirs}, but model.{key} = {ours}. Set model.{key}={theirs}.")
 
     def fill(self, local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
-        """Write one rank's slice of a tensor into `local` (a `megatron_ext.context.Fill`), reading no more than that if the format can."""
+        """Write one rank's slice of a tensor into `local` (a `ParamInit`), reading no more than that if the format can."""
         tensor = self.tensors[spec.name]
         if spec.split_dim is None or size == 1 or tensor.read_part is None:
             local.copy_(spec.slice(tensor.read(), rank, size))
@@ -205,7 +188,7 @@ def complete(
         where, [f"its configuration says {key} = {described[key]}, but its tensors have {sizes[key]}" for key in different], "."
     )
     hidden = sizes["hidden_size"]
-    num_heads = overrides.num_heads or described.get("num_heads") or HEADS_BY_HIDDEN_SIZE.get(hidden)
+    num_heads = overrides.num_heads or described.get("num_heads") or _HEADS_BY_HIDDEN_SIZE.get(hidden)
     if num_heads is None and overrides.strict:
         raise InputError(f"{where}: weights do not say how many attention heads hidden size {hidden} is cut into. Give --heads.")
     values = described | sizes | {"num_heads": num_heads or 1, "gelu": overrides.gelu or described.get("gelu", gelu)}
@@ -255,19 +238,6 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int
     if "hidden_size" not in sizes:
         raise InputError(f"{where}: lacks {words} and whatever else shows the hidden size; it is no PanGu model.")
     return sizes
-
-
-def check_sizes(config: ModelConfig) -> None:
-    """Refuse a model that would cost memory or time by its description alone.
-
-    Raises:
-        ValueError: if a size is out of all proportion.
-    """
-    if config.num_layers > MAX_LAYERS:
-        raise ValueError(f"{config.num_layers} layers, at most {MAX_LAYERS} expected")
-    for key in ("hidden_size", "vocab_size", "max_positions", "ffn_hidden_size"):
-        if getattr(config, key) >= MAX_EXTENT:
-            raise ValueError(f"{key} = {getattr(config, key):.3g}, less than {MAX_EXTENT:,} expected")
 
 
 def _first_problem(error: ValueError) -> str:

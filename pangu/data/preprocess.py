@@ -29,11 +29,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from pangu.data.indexed import IndexedDatasetWriter, token_dtype
 from pangu.data.lookahead import ordered_map
-from pangu.data.text import Block, documents, input_size, read_blocks
 from pangu.errors import InputError
+from pangu.text.documents import Block, documents, input_size, read_blocks
 
 if TYPE_CHECKING:
-    from pangu.tokenizer import PanguTokenizer
+    from pangu.text.tokenizer import PanguTokenizer
 
 BLOCKS_AHEAD_PER_WORKER = 4
 

@@ -12,7 +12,7 @@ from pangu.evaluation.prompts import PromptBuilder, Query
 from pangu.evaluation.scoring import Scorer
 from pangu.evaluation.tasks import Task
 from pangu.inference.generation import TextGenerator
-from pangu.segmentation import Segmenter
+from pangu.text.segmentation import Segmenter
 
 Record = dict[str, Any]
 """What becomes of one example; a line of the records' file."""

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pangu.data.text import documents, input_size, read_blocks
 from pangu.errors import InputError
 from pangu.evaluation.examples import Choice, Example, Place, read_json, read_json_lines, read_text
 from pangu.evaluation.tasks import Task
+from pangu.text.documents import documents, input_size, read_blocks
 
 BLANK = "XXXXX"
 
@@ -227,7 +227,7 @@ def wplc(task: Task, path: Path) -> Iterator[Example]:
 
 
 def corpus(task: Task, path: Path) -> Iterator[Example]:
-    """Any text: .txt with blank lines between documents, .jsonl with a text under `text`; see pangu.data.text."""
+    """Any text: .txt with blank lines between documents, .jsonl with a text under `text`; see pangu.text.documents."""
     input_size(path)  # refuses what cannot be read
     texts = (text for block in read_blocks(path) for text in documents(block, "text"))
     return (Example(str(number), {"document": text}) for number, text in enumerate(texts) if text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pangu.config_file import read_yaml
+from pangu.config.parsing import read_yaml
 from pangu.errors import InputError
 
 DESCRIPTIONS = Path(__file__).with_name("tasks.yaml")

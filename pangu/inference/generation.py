@@ -27,7 +27,7 @@ from pangu.inference.sampling import Penalties, Sampling, sample
 from pangu.inference.streaming import TextStream, decoded_stops
 from pangu.model.block import Cache
 from pangu.model.model import PanguModel, gather_logits
-from pangu.tokenizer import PanguTokenizer
+from pangu.text.tokenizer import PanguTokenizer
 
 DEFAULT_NEW_TOKENS = 100
 

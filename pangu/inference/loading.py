@@ -10,12 +10,13 @@ import torch
 
 from megatron_ext import accelerator
 from megatron_ext.context import ParallelContext
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import Groups, Topology
 from pangu.conversion.formats import open_weights
 from pangu.errors import InputError
 from pangu.inference.cpu_weights import arrange_for_cpu, quantize
 from pangu.model.model import PanguModel
-from pangu.tokenizer import PanguTokenizer
+from pangu.text.tokenizer import PanguTokenizer
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 """The first collective waits for the slowest rank to read its weights."""
@@ -60,10 +61,10 @@ def load(path: Path, tensor_parallel: int | None = None, *, int8: bool = False) 
         )
     topology = Topology.from_world_size(num_ranks, tensor=tensor_parallel, pipeline=1)
     if num_ranks > 1:
-        accelerator.initialize(COLLECTIVE_TIMEOUT_SECONDS)
+        rendezvous.initialize(COLLECTIVE_TIMEOUT_SECONDS)
         groups = Groups.create(topology, COLLECTIVE_TIMEOUT_SECONDS)
     else:
-        groups = Groups.describe(topology, 0)
+        groups = Groups.from_topology(topology, 0)
     device = accelerator.device()
     dtype = torch.float32 if device.type == "cpu" or weights.dtype == torch.float64 else weights.dtype
     context = ParallelContext(tensor=groups.tensor, device=device, dtype=dtype, fill=weights.fill)

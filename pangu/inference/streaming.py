@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pangu.errors import InputError
-from pangu.tokenizer import PanguTokenizer
+from pangu.text.tokenizer import PanguTokenizer
 
 INCOMPLETE = "\ufffd"
 """What decodes from part of a character."""

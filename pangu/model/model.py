@@ -1,6 +1,6 @@
 """PanGu-α as one module: ZeRO training without a pipeline, inference, conversion.
 
-The pipeline (pangu.model.pipeline) is built from the same parts and gives the same numbers.
+The pipeline (pangu.engine.pipeline) is built from the same parts and gives the same numbers.
 Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
 """
 

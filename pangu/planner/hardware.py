@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pangu.config import Count, Section
-from pangu.config_file import read_model
+from pangu.config.parsing import read_model
+from pangu.config.recipes import find_cluster
 from pangu.errors import InputError
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -108,4 +109,4 @@ def load_cluster(path: Path | str) -> Cluster:
     Raises:
         InputError: one line naming the file, the key, what was found and what is expected.
     """
-    return read_model(path, Cluster)
+    return read_model(find_cluster(path), Cluster)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from pangu.planner.parameters import rank_parameters
+from pangu.config.sizes import rank_parameters
 from pangu.planner.plan import Plan, Workload
 from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_bytes
 

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from megatron_ext.topology import Topology
 from pangu.config import Config, ModelConfig
-from pangu.layout import default_bucket_size
-from pangu.model.stages import stage_layers
+from pangu.config.layout import RunLayout, default_bucket_size
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -59,29 +58,28 @@ def workload_of(config: Config) -> Workload:
     return Workload(config.model, train.sequence_length, train.global_batch_size, train.precision, config.data.eod_reset)
 
 
-def plan_of(config: Config, layout: Topology, deepspeed: dict[str, Any]) -> tuple[Workload, Plan]:
+def plan_of(config: Config, layout: RunLayout) -> tuple[Workload, Plan]:
     """What a configuration trains, and how.
 
     Args:
         config: of the run.
-        layout: of its processes.
-        deepspeed: the completed DeepSpeed configuration, for offloading and bucket sizes (pangu.layout.deepspeed_config).
+        layout: of its processes (pangu.config.layout.resolve).
     """
-    parallel, zero = config.parallel, deepspeed["zero_optimization"]
+    parallel, zero = config.parallel, layout.deepspeed["zero_optimization"]
 
     def is_offloaded(key: str) -> bool:
         return (zero.get(key) or {}).get("device", "none") != "none"
 
     plan = Plan(
-        layout,
+        layout.topology,
         config.train.micro_batch_size,
-        stage_layers(config),
+        layout.stage_layers,
         zero_stage=parallel.zero_stage,
         sequence_parallel=parallel.sequence,
         recompute=parallel.recompute,
         offload_optimizer=is_offloaded("offload_optimizer"),
         offload_parameters=is_offloaded("offload_param"),
-        bucket_elements=bucket_elements(zero, config.model, layout.pipeline),
+        bucket_elements=bucket_elements(zero, config.model, layout.topology.pipeline),
     )
     return workload_of(config), plan
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field
 
 from pangu.config import Count, Section
-from pangu.config_file import read_model
+from pangu.config.parsing import read_model
 from pangu.errors import InputError
 from pangu.files import write_durably
 

@@ -9,14 +9,13 @@ from typing import Any
 import yaml
 
 from pangu.config import parse_config
-from pangu.config_file import apply_override, read_yaml
+from pangu.config.layout import resolve
+from pangu.config.parsing import apply_override, read_yaml
+from pangu.config.recipes import RECIPES
+from pangu.config.stages import balanced_layers
 from pangu.errors import InputError
 from pangu.files import write_durably
-from pangu.layout import validate_layout
-from pangu.model.stages import balanced_layers
 from pangu.planner.plan import Plan, Workload
-
-RECIPES = Path(__file__).parents[2] / "ds_configs"
 
 
 def deepspeed_json(zero_stage: int, offload: bool) -> Path:
@@ -62,7 +61,7 @@ def write_recipe(path: Path, values: dict[str, Any], remarks: list[str], world_s
     Raises:
         InputError: if `pangu.train` would refuse the recipe on so many processes, or the file cannot be written.
     """
-    validate_layout(parse_config(values, path), world_size)
+    resolve(parse_config(values, path), world_size)
     comment = "".join(f"# {remark}".rstrip() + "\n" for remark in remarks)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from megatron_ext.topology import Topology
-from pangu.config_file import read_json
-from pangu.model.stages import balance, balanced_layers
+from pangu.config.parsing import read_json
+from pangu.config.stages import balance, balanced_layers
 from pangu.planner.hardware import Cluster
 from pangu.planner.memory import ACCELERATOR, GIB, MemoryEstimate, Platform, estimate_memory
 from pangu.planner.plan import Plan, Recompute, Workload, bucket_elements

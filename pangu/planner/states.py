@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from pangu.planner.parameters import RankParameters
+from pangu.config.sizes import RankParameters
 
 FP32_BYTES = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

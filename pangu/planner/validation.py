@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pangu.config.sizes import stage_parameters
 from pangu.errors import InputError
 from pangu.planner.hardware import Cluster
 from pangu.planner.memory import GIB, MEGATRON, estimate_memory
-from pangu.planner.parameters import stage_parameters
 from pangu.planner.plan import Plan, Workload
 from pangu.planner.profile import Profile
 from pangu.planner.reference import Run

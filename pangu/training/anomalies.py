@@ -1,6 +1,6 @@
 """What a run does about a step that went wrong: a loss or gradient that is not finite, or a loss far above the recent ones.
 
-The update of such a step never reaches the weights (pangu.training.guard). What follows is decided here from numbers that are the same on
+The update of such a step never reaches the weights (pangu.engine.guard). What follows is decided here from numbers that are the same on
 every rank, so all ranks decide alike.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from pangu.training.engine import StepResult
+    from pangu.engine.engine import StepResult
 
 Policy = Literal["skip", "rollback", "stop"]
 

@@ -22,14 +22,14 @@ import torch
 from megatron_ext.collectives import all_gather_objects, all_reduce_max, barrier, broadcast_object, together
 from megatron_ext.topology import Group
 from pangu.config import Config
+from pangu.config.stages import balanced_layers
+from pangu.engine.checkpoint_files import load_files, save_files
+from pangu.engine.checkpoint_writer import FileWriter
+from pangu.engine.engine import TrainingEngine
+from pangu.engine.manifest import LATEST, MANIFEST, complete_steps, file_problem, step_name, step_number
+from pangu.engine.reshard import load_resharded
 from pangu.errors import InputError
 from pangu.files import lock, recover, remove, sync, write_durably
-from pangu.model.pipeline import quiet
-from pangu.model.stages import balanced_layers, stage_layers
-from pangu.training.checkpoint_writer import FileWriter
-from pangu.training.engine import TrainingEngine
-from pangu.training.manifest import LATEST, MANIFEST, complete_steps, file_problem, step_name, step_number
-from pangu.training.reshard import load_resharded
 
 
 @dataclass
@@ -72,16 +72,7 @@ def start_save(engine: TrainingEngine, progress: Progress, *, background: bool =
             partial.mkdir(parents=True)
 
     _together(prepare, world, f"{root}: cannot be prepared for a checkpoint")
-    writer = FileWriter(engine.engine.checkpoint_engine, background=background)
-    own, engine.engine.checkpoint_engine = engine.engine.checkpoint_engine, writer
-    # The first rank alone would copy scripts beside the checkpoints, and fail alone; tools/convert_checkpoint.py does what they do.
-    engine.engine._copy_recovery_script = lambda folder: None
-    try:
-        engine.engine.save_checkpoint(str(root), tag=partial.name, client_state={"progress": asdict(progress)}, save_latest=False)
-    finally:
-        engine.engine.checkpoint_engine = own
-    writer.save(engine.rng.state_dict(), partial / f"rng_rank_{world.rank:05d}.pt")
-    writer.close()
+    writer = save_files(engine, partial, {"progress": asdict(progress)}, background=background)
     return PendingSave(engine, partial, asdict(progress), writer)
 
 
@@ -264,21 +255,9 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
         load_resharded(engine, path)
         engine.reseed(progress.step)
     else:
-        _load_same_layout(engine, path)
-    engine.engine.global_steps, engine.engine.global_samples = progress.step, progress.consumed_samples
+        load_files(engine, path)
+    engine.count_from(progress.step, progress.consumed_samples)
     return progress
-
-
-def _load_same_layout(engine: TrainingEngine, path: Path) -> None:
-    # DeepSpeed brings back the hyper-parameters too, and would overrule what the configuration says now.
-    configured = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in engine.param_groups]
-    with quiet():
-        loaded, _ = engine.engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise InputError(f"{path}: DeepSpeed found nothing to load in it.")
-    for group, values in zip(engine.param_groups, configured, strict=True):
-        group.update(values)
-    engine.rng.load_state_dict(torch.load(path / f"rng_rank_{engine.groups.world.rank:05d}.pt", weights_only=True))
 
 
 def verify(path: Path, world: Group) -> str | None:
@@ -305,7 +284,7 @@ def _layout_identity(engine: TrainingEngine) -> dict[str, Any]:
         "parallel.tensor": topology.tensor,
         "parallel.pipeline": topology.pipeline,
         "data-parallel size": topology.data,
-        "parallel.stage_layers": list(stage_layers(engine.config)),
+        "parallel.stage_layers": list(engine.layout.stage_layers),
         "parallel.order": topology.order,
         "parallel.zero_stage": engine.config.parallel.zero_stage,
         "optimizer implementation": engine.optimizer_name,

@@ -13,20 +13,20 @@ import torch
 
 from megatron_ext import accelerator
 from megatron_ext.collectives import all_reduce_max
-from megatron_ext.watchdog import Watchdog
+from megatron_ext.supervision.watchdog import Watchdog
+from pangu.config.sizes import flops_per_token
 from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.sampler import Sampler
+from pangu.engine.engine import StepResult, TrainingEngine
+from pangu.engine.manifest import step_name
+from pangu.engine.replicas import ReplicaCheck
 from pangu.errors import InputError
 from pangu.training.anomalies import HISTORY, Policy, decide, fault_of, loss_limit
 from pangu.training.checkpoint import CheckpointSaver, Progress, load_checkpoint, verify
-from pangu.training.engine import StepResult, TrainingEngine
-from pangu.training.manifest import step_name
+from pangu.training.learning_rate import learning_rate
 from pangu.training.metrics import Metrics
-from pangu.training.profile import StepProfile
-from pangu.training.replicas import ReplicaCheck
-from pangu.training.report import flops_per_token
-from pangu.training.schedule import learning_rate
+from pangu.training.step_profile import StepProfile
 from pangu.training.stopping import StopRequest
 from pangu.training.stragglers import StragglerReport
 
@@ -204,7 +204,11 @@ class TrainingLoop:
             "consumed_tokens": progress.consumed_tokens,
             "step_seconds": seconds,
             "tokens_per_second": speed,
-            "mfu": speed * flops_per_token(config) / (self._peak * self._engine.groups.topology.world_size) if self._peak else None,
+            "mfu": speed
+            * flops_per_token(config.model, config.train.sequence_length)
+            / (self._peak * self._engine.groups.topology.world_size)
+            if self._peak
+            else None,
             "loss_scale": result.loss_scale,
             "skipped": True if result.skipped else None,
         }

@@ -8,30 +8,31 @@ from rich.console import Console
 
 from megatron_ext import accelerator
 from megatron_ext.collectives import barrier, shutdown
-from megatron_ext.context import Fill
+from megatron_ext.context import ParamInit
 from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
+from megatron_ext.supervision import rendezvous
+from megatron_ext.supervision.watchdog import Watchdog
 from megatron_ext.topology import Groups
-from megatron_ext.watchdog import Watchdog
 from pangu.config import Config
+from pangu.config.layout import RunLayout
 from pangu.conversion.export import write_weights
 from pangu.conversion.formats import open_weights
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
+from pangu.engine.engine import TrainingEngine
 from pangu.errors import InputError, explain
-from pangu.layout import validate_layout
 from pangu.planner.memory import ACCELERATOR, CPU
-from pangu.tokenizer import PanguTokenizer
+from pangu.text.tokenizer import PanguTokenizer
 from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, load_checkpoint
-from pangu.training.engine import TrainingEngine
 from pangu.training.loop import TrainingLoop
 from pangu.training.metrics import Metrics
-from pangu.training.report import print_report
+from pangu.training.overview import print_report
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
 
-def run_training(config: Config) -> None:
+def run_training(config: Config, layout: RunLayout) -> None:
     """Train from start, or from the newest checkpoint, to `train.steps`, and write the weights.
 
     Every rank of the world calls this with the same configuration; the launcher's environment says which rank it is.
@@ -40,10 +41,9 @@ def run_training(config: Config) -> None:
         InputError: one line about what the user can mend.
     """
     # All that can be refused is refused before any process waits for another.
-    topology = validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
-        print_report(config, topology, Console(soft_wrap=True, highlight=False), CPU if accelerator.name() == "cpu" else ACCELERATOR)
+        print_report(config, layout, Console(soft_wrap=True, highlight=False), CPU if accelerator.name() == "cpu" else ACCELERATOR)
     if not accelerator.supports(config.train.precision):
         raise InputError(
             f"train.precision = {config.train.precision}: {accelerator.device_name()} does not train in it. "
@@ -64,27 +64,28 @@ def run_training(config: Config) -> None:
     patience = config.run.hang_timeout
     # The watchdog explains a hang better than a collective's own time-out, so that comes later.
     timeout = max(COLLECTIVE_TIMEOUT_SECONDS, 2 * patience)
-    meeting = accelerator.initialize(timeout, join_seconds=patience or None)
-    names = Groups.describe(topology, meeting.rank)
-    with Watchdog(meeting, names, config.run.dir, patience, explain) as watchdog:
-        groups = Groups.create(topology, timeout)
+    found = rendezvous.initialize(timeout, join_seconds=patience or None)
+    names = Groups.from_topology(layout.topology, found.rank)
+    with Watchdog(found, names, config.run.dir, patience, explain, packages={"megatron_ext", "pangu"}) as watchdog:
+        groups = Groups.create(layout.topology, timeout)
         with claim_directory(config, groups.world):
-            _run(config, groups, watchdog, initial_weights, training, validation)
+            _run(config, layout, groups, watchdog, initial_weights, training, validation)
         shutdown()
 
 
 def _run(
     config: Config,
+    layout: RunLayout,
     groups: Groups,
     watchdog: Watchdog,
-    initial_weights: Fill,
+    initial_weights: ParamInit,
     training: BlendedDataset,
     validation: BlendedDataset | None,
 ) -> None:
     """Resume or start, train, and write the weights."""
     checkpoint = find_checkpoint(config, groups.world)
     watchdog.beat(0, "building the model")
-    engine = TrainingEngine(config, groups, initial_weights)
+    engine = TrainingEngine(config, layout, groups, initial_weights)
     watchdog.beat(0, "loading the checkpoint")
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
     if groups.world.rank == 0:
@@ -131,7 +132,7 @@ def _open_tokenizer(config: Config) -> PanguTokenizer | None:
     return tokenizer
 
 
-def _initial_weights(config: Config) -> Fill:
+def _initial_weights(config: Config) -> ParamInit:
     """Where a new run's weights come from. A resumed run overwrites them."""
     if config.checkpoint.init_from is None:
         return random_weights(config.train.seed)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_distributed
-from layouts import random_batches, small_config, start
-from mindspore_bytes import strategy
-from mindspore_shards_of import layout_of, write_shards
+from helpers.harness import run_distributed
+from helpers.layouts import random_batches, small_config, start
+from helpers.mindspore_bytes import strategy
+from helpers.mindspore_shards_of import layout_of, write_shards
 
 from megatron_ext.sharding import canonical_parameters
 from pangu.config import ModelConfig
@@ -21,8 +21,9 @@ from pangu.conversion import formats, huggingface, mindspore
 from pangu.conversion.convert import convert
 from pangu.conversion.export import write_weights
 from pangu.conversion.formats import FORMATS, detect_format, open_weights
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions, complete, model_specs
+from pangu.conversion.weights import Overrides, Weights, WriteOptions, complete, model_specs
 from pangu.errors import InputError
+from pangu.tensor_files.lazy_tensor import LazyTensor
 from pangu.training.checkpoint import Progress, save_checkpoint
 
 ROOT = Path(__file__).parents[2]

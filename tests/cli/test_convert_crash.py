@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_model import equal, small_weights
+from helpers.whole_model import equal, small_weights
 
 from pangu import files
 from pangu.conversion.convert import convert

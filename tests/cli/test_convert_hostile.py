@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from bounded import bounded, size_of
-from mindspore_bytes import field, value, varint
-from whole_model import small_weights
+from helpers.bounded import bounded, size_of
+from helpers.mindspore_bytes import field, value, varint
+from helpers.whole_model import small_weights
 
-from pangu.conversion import mindspore_file
 from pangu.conversion.convert import convert
 from pangu.conversion.weights import WriteOptions
+from pangu.tensor_files import mindspore_file
 from tools.convert_checkpoint import main
 
 CLAIM = 2**32

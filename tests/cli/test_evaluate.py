@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_model import DATA, TASKS, write_evaluation_model
-from harness import run_distributed
+from helpers.evaluation_model import DATA, TASKS, write_evaluation_model
+from helpers.harness import run_distributed
 
 from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import random_weights
@@ -22,7 +22,7 @@ from megatron_ext.topology import Groups, Topology
 from pangu.config import ModelConfig
 from pangu.conversion.export import write_weights
 from pangu.model.model import PanguModel
-from pangu.tokenizer_training import train_tokenizer
+from pangu.text.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,7 +180,7 @@ def write_trained_model(folder: Path) -> Path:
         loss.backward()
         optimizer.step()
     parameters = ((spec, partial(nullcontext, parameter)) for spec, parameter in canonical_parameters(model))
-    groups = Groups.describe(Topology(tensor=1, pipeline=1, data=1), 0)
+    groups = Groups.from_topology(Topology(tensor=1, pipeline=1, data=1), 0)
     write_weights(folder / "weights", config, groups, parameters, tokenizer=tokenizer.path)
     return folder / "weights"
 

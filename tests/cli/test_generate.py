@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_distributed
-from small_model import write_model
+from helpers.harness import run_distributed
+from helpers.small_model import write_model
 
 from megatron_ext import accelerator
 from pangu.inference.generation import TextGenerator
-from pangu.tokenizer import MODEL_FILE, PanguTokenizer
-from pangu.tokenizer_training import train_tokenizer
+from pangu.text.tokenizer import MODEL_FILE, PanguTokenizer
+from pangu.text.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["四川的天气，", "北京"]

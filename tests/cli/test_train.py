@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import figures, values, write_recipe
+from helpers.tiny_run import figures, values, write_recipe
 
 from pangu.conversion import huggingface
 from pangu.conversion.weights import Overrides

@@ -16,11 +16,11 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
     import conftest  # noqa: F401  (the environment of the ranks)
 
-from harness import run_distributed
-from layouts import random_batches, small_config, start
+from helpers.harness import run_distributed
+from helpers.layouts import random_batches, small_config, start
 
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
-from pangu.training.schedule import learning_rate
+from pangu.training.learning_rate import learning_rate
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import RankError, run_distributed
-from layouts import random_batches, small_config, start
+from helpers.harness import RankError, run_distributed
+from helpers.layouts import random_batches, small_config, start
 
 from megatron_ext.topology import SINGLE
 from pangu.errors import InputError
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
-from pangu.training.schedule import learning_rate
+from pangu.training.learning_rate import learning_rate
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),

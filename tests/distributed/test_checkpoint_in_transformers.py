@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from layouts import SEQUENCE, VOCAB, random_batches, small_config, start
+from helpers.harness import run_distributed
+from helpers.layouts import SEQUENCE, VOCAB, random_batches, small_config, start
 
 from megatron_ext.collectives import all_gather_objects
+from pangu.engine.engine import _pipeline_batch
 from pangu.model.model import gather_logits
 from pangu.training.checkpoint import Progress, save_checkpoint
-from pangu.training.engine import _pipeline_batch
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]

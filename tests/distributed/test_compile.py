@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 import pytest
-from harness import run_distributed
-from layouts import small_config, train
+from helpers.harness import run_distributed
+from helpers.layouts import small_config, train
 
 from pangu.config import Config
 

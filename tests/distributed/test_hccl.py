@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fake_hccl
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from harness import RankError, run_distributed
-from layouts import allow_fp16, random_batches, small_config, start
+from helpers import fake_hccl
+from helpers.harness import RankError, run_distributed
+from helpers.layouts import allow_fp16, random_batches, small_config, start
 
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import run_distributed
-from layouts import small_config, train
+from helpers.harness import run_distributed
+from helpers.layouts import small_config, train
 
 LOSS_TOLERANCE = 5e-6
 NORM_TOLERANCE = 1e-5  # relative

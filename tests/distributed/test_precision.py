@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from layouts import allow_fp16, random_batches, small_config, start, train
+from helpers.harness import run_distributed
+from helpers.layouts import allow_fp16, random_batches, small_config, start, train
 
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from distributed.resume_matrix import LAYOUTS, SAVED_AT, STEPS, Steps, largest_difference, resume, save_all, train
-from harness import RankError, run_distributed
-from layouts import small_config, start
+from helpers.harness import RankError, run_distributed
+from helpers.layouts import small_config, start
 
-from pangu.conversion.deepspeed_optimizer import STATES, read_optimizer
+from pangu.engine.optimizer_reader import STATES, read_optimizer
 from pangu.errors import InputError
 from pangu.training.checkpoint import load_checkpoint
 

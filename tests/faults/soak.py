@@ -24,8 +24,8 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import conftest  # noqa: E402, F401  (the environment of the ranks)
+from helpers.tiny_run import values, write_recipe  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tiny_run import values, write_recipe  # noqa: E402
 
 ROOT, BIN = TESTS.parent, Path(sys.executable).parent
 RANKS = 2

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import RankError, run_distributed
-from layouts import random_batches, small_config, start
+from helpers.harness import RankError, run_distributed
+from helpers.layouts import random_batches, small_config, start
 
 from megatron_ext.topology import SINGLE
 from pangu.config import Config
+from pangu.engine.checkpoint_writer import FileWriter
+from pangu.engine.engine import TrainingEngine
+from pangu.engine.manifest import LATEST, MANIFEST
 from pangu.errors import InputError
 from pangu.training import checkpoint as saving
 from pangu.training.checkpoint import CheckpointSaver, Progress, claim_directory, find_checkpoint, load_checkpoint, save_checkpoint
-from pangu.training.checkpoint_writer import FileWriter
-from pangu.training.engine import TrainingEngine
-from pangu.training.manifest import LATEST, MANIFEST
-from pangu.training.schedule import learning_rate
+from pangu.training.learning_rate import learning_rate
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 Bits = list[tuple[int, str, str]]
@@ -316,7 +316,7 @@ def test_latest_is_never_believed(content: str, kinds: dict[str, Path], tmp_path
 
 HOLD = """
 import sys
-from layouts import small_config
+from helpers.layouts import small_config
 from megatron_ext.topology import SINGLE
 from pangu.training.checkpoint import claim_directory
 with claim_directory(small_config(checkpoint={"dir": sys.argv[1]}), SINGLE):

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import run_distributed
-from layouts import random_batches, small_config, start
+from helpers.harness import run_distributed
+from helpers.layouts import random_batches, small_config, start
 
 from megatron_ext.collectives import world_rank, world_size
 from megatron_ext.sharding import canonical_parameters
+from pangu.config.layout import resolve
 from pangu.data.indexed import IndexedDatasetWriter
+from pangu.engine.engine import StepResult, TrainingEngine
 from pangu.errors import InputError
-from pangu.layout import validate_layout
 from pangu.training.anomalies import MAX_ROLLBACKS, MAX_SKIPPED, MIN_HISTORY, Policy, decide, fault_of, loss_limit
-from pangu.training.engine import StepResult, TrainingEngine
 
 RECIPES = Path(__file__).parents[2] / "ds_configs"
 BF16 = {"precision": "bf16"}
@@ -68,10 +68,10 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def infinite_loss(engine: TrainingEngine) -> Callable[[], None]:
     """The loss of the last rank is infinite; its gradient is not."""
+    import pangu.engine.pipeline
     import pangu.model.model
-    import pangu.model.pipeline
 
-    modules = (pangu.model.model, pangu.model.pipeline)
+    modules = (pangu.model.model, pangu.engine.pipeline)
     intact = pangu.model.model.language_model_loss
     for module in modules:
         module.language_model_loss = lambda *args, **keywords: intact(*args, **keywords) + math.inf
@@ -176,7 +176,7 @@ def test_no_fault_reaches_the_weights_under_other_settings(layout: str, tmp_path
 
 def outlive_a_refusal() -> None:
     """A refusal would end this process, which is the test's. No rank need hear of another's, for all are refused."""
-    from megatron_ext import watchdog
+    from megatron_ext.supervision import watchdog
 
     watchdog._leave, watchdog._ANSWER_SECONDS = lambda code: None, 0.5  # type: ignore[assignment]
 
@@ -192,8 +192,8 @@ def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, 
     Returns:
         The lines of metrics.jsonl, and the error that ended the run.
     """
+    import pangu.engine.pipeline
     import pangu.model.model
-    import pangu.model.pipeline
     from pangu.training import run
 
     sections: dict[str, dict[str, Any]] = {
@@ -202,23 +202,23 @@ def run(directory: str, overrides: dict[str, dict[str, Any]], faults: dict[int, 
         "run": {"dir": f"{directory}/run", "tensorboard": False, "consistency_every": 5},
     }
     config = small_config(**{name: sections.get(name, {}) | overrides.get(name, {}) for name in {**sections, **overrides}})
-    topology = validate_layout(config, int(os.environ["WORLD_SIZE"]))
-    a_step = config.train.global_batch_size // config.train.micro_batch_size // topology.data
+    layout = resolve(config, int(os.environ["WORLD_SIZE"]))
+    a_step = config.train.global_batch_size // config.train.micro_batch_size // layout.topology.data
     manifests = sorted(config.checkpoint_dir.glob("step_*/manifest.json"))
     consumed = json.loads(manifests[-1].read_text())["progress"]["consumed_samples"] if manifests else 0
     calls = itertools.count(consumed // config.train.global_batch_size * a_step)
-    is_last = int(os.environ["RANK"]) == topology.world_size - 1
+    is_last = int(os.environ["RANK"]) == layout.topology.world_size - 1
     intact = pangu.model.model.language_model_loss
 
     def spoilt(*args: Any, **keywords: Any) -> torch.Tensor:
         batch = next(calls) // a_step + 1
         return intact(*args, **keywords) + (faults.get(batch, 0.0) if is_last else 0.0)
 
-    pangu.model.model.language_model_loss = pangu.model.pipeline.language_model_loss = spoilt
+    pangu.model.model.language_model_loss = pangu.engine.pipeline.language_model_loss = spoilt
     error = ""
     outlive_a_refusal()
     try:
-        run.run_training(config)
+        run.run_training(config, layout)
     except InputError as refused:
         error = str(refused)
     return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()], error
@@ -371,7 +371,8 @@ def run_with_a_corrupted_layer_norm(directory: str, sections: dict[str, dict[str
     TrainingEngine.train_step = corrupting  # type: ignore[method-assign]
     outlive_a_refusal()
     with pytest.raises(InputError) as refused:
-        run.run_training(small_config(data={"train": [f"{directory}/corpus"]}, run={"dir": f"{directory}/run"}, **sections))
+        config = small_config(data={"train": [f"{directory}/corpus"]}, run={"dir": f"{directory}/run"}, **sections)
+        run.run_training(config, resolve(config, int(os.environ["WORLD_SIZE"])))
     return str(refused.value)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PRELOAD, free_port
-from tiny_run import values, write_recipe
+from helpers.harness import PRELOAD, free_port
+from helpers.tiny_run import values, write_recipe
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

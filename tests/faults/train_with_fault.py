@@ -22,8 +22,8 @@ from torch import Tensor
 
 import pangu.training.loop
 from megatron_ext.topology import Group
+from pangu.engine.engine import TrainingEngine
 from pangu.train import main
-from pangu.training.engine import TrainingEngine
 
 
 class Fault(Exception):

@@ -11,10 +11,11 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from harness import run_distributed
+from helpers.harness import run_distributed
 
 from megatron_ext import accelerator
-from megatron_ext.topology import LayoutError
+from megatron_ext.errors import RendezvousError
+from megatron_ext.supervision import rendezvous
 
 
 class FakeAccelerator:
@@ -166,9 +167,9 @@ def test_the_device_is_set_before_the_backend_starts(
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "2")
     store = object()
-    meeting = accelerator.Meeting(5, lambda: store, (("host", 1),) * 8, "rank 0")
-    monkeypatch.setattr(accelerator, "_meet", lambda seconds: meeting)
-    assert accelerator.initialize(90.0) == meeting
+    meeting = rendezvous.Rendezvous(5, lambda: store, (("host", 1),) * 8, "rank 0")
+    monkeypatch.setattr(rendezvous, "find_ranks", lambda seconds: meeting)
+    assert rendezvous.initialize(90.0) == meeting
     assert next(torch.distributed.rendezvous(started["init_method"])) == (store, 5, 8)  # what DeepSpeed will let torch begin with
     assert started["calls"] == [("set_device", 2)]
     assert (started["dist_backend"], started["timeout"]) == (backend, timedelta(seconds=90))
@@ -176,7 +177,7 @@ def test_the_device_is_set_before_the_backend_starts(
 
 
 def test_without_a_launcher_the_world_is_of_one(started: dict[str, Any]) -> None:
-    accelerator.initialize(90.0)
+    rendezvous.initialize(90.0)
     environment = started["environment"]
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
     assert environment["MASTER_ADDR"] == "127.0.0.1" and 1024 <= int(environment["MASTER_PORT"]) < 65536
@@ -185,17 +186,17 @@ def test_without_a_launcher_the_world_is_of_one(started: dict[str, Any]) -> None
 
 def start_again() -> tuple[bool, bool, int]:
     """A second start that meets where the first did, as after a restart by torchrun; the first left its keys there."""
-    first = accelerator._meet(30.0)
+    first = rendezvous.find_ranks(30.0)
     all_are_in(first)
     first.connect().set("address", "of the first start")
-    second = accelerator._meet(30.0)
+    second = rendezvous.find_ranks(30.0)
     assert [process for _, process in second.members][second.rank] == os.getpid()
     seen = first.connect().check(["address"]), second.connect().check(["address"]), len(set(second.members))
     all_are_in(second)
     return seen
 
 
-def all_are_in(meeting: accelerator.Meeting) -> None:
+def all_are_in(meeting: rendezvous.Rendezvous) -> None:
     """Rank 0 serves the store: here it must not go on, or end, while others still look into it."""
     store = meeting.connect()
     store.set(f"in {meeting.rank}", "")
@@ -211,8 +212,8 @@ def meet_with_a_rank_of_another_run() -> str:
     os.environ["RANK"] = str(min(int(os.environ["RANK"]), 1))  # the third process is a second rank 1
     os.environ["WORLD_SIZE"] = "2"
     try:
-        meeting = accelerator._meet(2.0)
-    except LayoutError as error:
+        meeting = rendezvous.find_ranks(2.0)
+    except RendezvousError as error:
         return str(error)
     time.sleep(4.0)  # rank 0 serves the store, as long as it holds the meeting
     return f"met {len(meeting.members)}"
@@ -234,12 +235,12 @@ def test_two_processes_of_one_rank_do_not_both_get_in() -> None:
 def test_ranks_that_cannot_meet_say_why(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | environment).items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(LayoutError, match=expected):
-        accelerator._meet(0.2)
+    with pytest.raises(RendezvousError, match=expected):
+        rendezvous.find_ranks(0.2)
 
 
 def lose_a_rank() -> bool | None:
-    accelerator.initialize(30)
+    rendezvous.initialize(30)
     if os.environ["RANK"] == "1":
         torch.distributed.destroy_process_group()
         return None

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
+from helpers.harness import run_distributed
 from torch import Tensor
 
-from megatron_ext import accelerator, collectives
+from megatron_ext import collectives
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import SINGLE, Group, Groups, Topology
 
 T = 2
@@ -129,7 +130,7 @@ def check_plain(group: Group) -> None:
 
 def all_checks() -> tuple[int, int, int]:
     """Two tensor-parallel pairs side by side, so that a rank in its group is not its rank in the world."""
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     groups = Groups.create(Topology(tensor=T, pipeline=1, data=2))
     demand_contiguous_tensors()
     checked = check_formulas(groups.tensor)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import run_distributed
-from ranks import share, tensor_groups
+from helpers.harness import run_distributed
+from helpers.ranks import share, tensor_groups
 from torch import Tensor
 
 from megatron_ext import cross_entropy

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import run_distributed
-from ranks import share, tensor_groups
+from helpers.harness import run_distributed
+from helpers.ranks import share, tensor_groups
 from torch import Tensor, nn
 
 from megatron_ext.context import ParallelContext
+from megatron_ext.errors import LayoutError
 from megatron_ext.layers import (
     ColumnParallelLinear,
     Embedding,
@@ -24,7 +25,7 @@ from megatron_ext.layers import (
     split_sequence,
 )
 from megatron_ext.sharding import Init, ShardSpec, canonical_parameters
-from megatron_ext.topology import Group, LayoutError
+from megatron_ext.topology import Group
 
 B, S, H, O = 2, 8, 12, 20  # noqa: E741  (the legend of the layers)
 INIT = Init("normal", 1.0)

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
+from helpers.harness import run_distributed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ext import accelerator
 from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import random_weights
 from megatron_ext.random import RngStreams
 from megatron_ext.recompute import MODES, recompute
 from megatron_ext.sharding import canonical_parameters
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import SINGLE, Coordinates, Group, Groups, Topology
 from pangu.config import ModelConfig
 from pangu.model import block
@@ -80,7 +80,7 @@ def test_forgetting_the_tensor_parallel_stream_would_show(mode: str, monkeypatch
 
 
 def two_ranks() -> dict[str, list[str]]:
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     group = Groups.create(Topology(tensor=2, pipeline=1, data=1)).tensor
     found = {}
     for sequence_parallel in (False, True):

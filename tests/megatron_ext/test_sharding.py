@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import share
+from helpers.ranks import share
 from torch import nn
 
 from megatron_ext.context import ParallelContext
+from megatron_ext.errors import LayoutError
 from megatron_ext.layers import LayerNorm, VocabParallelEmbedding
 from megatron_ext.sharding import ONES, ZEROS, Init, ShardSpec, canonical_parameters, spec_of
-from megatron_ext.topology import LayoutError
 
 CASES = [
     ((16, 6), 0, False),

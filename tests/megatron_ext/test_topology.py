@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import run_distributed
+from helpers.harness import run_distributed
 
-from megatron_ext import accelerator
 from megatron_ext.collectives import all_gather_objects, all_reduce
-from megatron_ext.topology import SINGLE, Group, Groups, LayoutError, Order, Topology, ranks_in_words
+from megatron_ext.errors import LayoutError, ranks_in_words
+from megatron_ext.supervision import rendezvous
+from megatron_ext.topology import SINGLE, Group, Groups, Order, Topology
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 4), (2, 3, 1), (2, 1, 4), (1, 3, 2), (2, 3, 4), (8, 4, 2), (3, 5, 7)]
 
@@ -40,7 +41,7 @@ def test_tensor_neighbours_are_consecutive_ranks() -> None:
     assert topology.tensor_groups() == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert topology.data_groups() == [(0, 2), (1, 3), (4, 6), (5, 7)]
     assert topology.pipeline_groups() == [(0, 4), (1, 5), (2, 6), (3, 7)]
-    groups = Groups.describe(topology, 6)
+    groups = Groups.from_topology(topology, 6)
     assert (groups.tensor, groups.data, groups.pipeline) == (Group((6, 7), 0), Group((4, 6), 1), Group((2, 6), 1))
     assert groups.world == Group(tuple(range(8)), 6)
     assert groups.coordinates == (1, 1, 0)
@@ -96,7 +97,7 @@ FOUR = [(2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 1, 4)]
 
 def members() -> list[tuple[Groups, dict[str, tuple[int, ...]]]]:
     """What `create` says of this rank's groups, without handles, and which ranks a sum over each group really reaches."""
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     found = []
     for tensor, pipeline, data in FOUR:
         topology = Topology(tensor=tensor, pipeline=pipeline, data=data)
@@ -118,7 +119,7 @@ def test_created_groups_are_the_described_ones_and_connect_their_members() -> No
     for rank, found in enumerate(run_distributed(members, 4)):
         for layout, (created, reached) in zip(FOUR, found, strict=True):
             tensor, pipeline, data = layout
-            described = Groups.describe(Topology(tensor=tensor, pipeline=pipeline, data=data), rank)
+            described = Groups.from_topology(Topology(tensor=tensor, pipeline=pipeline, data=data), rank)
             assert created == described
             assert reached == {axis: getattr(described, axis).ranks for axis in ("tensor", "pipeline", "data")}
 

@@ -12,20 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from result_form import check_form
+from helpers.result_form import check_form
+from helpers.small_model import write_model
 from rich.console import Console
-from small_model import write_model
 
+from pangu.benchmarks import convert, generate, machine, score, turns
 from pangu.config import ModelConfig
 from pangu.errors import InputError
 from pangu.evaluation.scoring import Span
-from pangu.tokenizer_training import train_tokenizer
+from pangu.text.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-from benchmarks import convert, generate, machine, score, turns  # noqa: E402  (the line above makes it importable)
-
 STEPS = ["mindspore -> huggingface", "huggingface -> megatron", "megatron -> mindspore"]
 
 

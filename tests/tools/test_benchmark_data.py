@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from result_form import check_form
+from helpers.result_form import check_form
 from rich.console import Console
 
+from pangu.benchmarks import data, machine, preprocess, prose, startup, tokenize
 from pangu.errors import InputError
-from pangu.tokenizer_training import train_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from benchmarks import data, machine, preprocess, prose, startup, tokenize
+from pangu.text.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="module")

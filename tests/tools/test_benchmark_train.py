@@ -10,18 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_comparison
 import pytest
-from result_form import check_form
+from helpers.result_form import check_form
 from rich.console import Console
 
+from pangu.benchmarks import growth, layouts, train, workers
 from pangu.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import gpu_comparison  # noqa: E402  (the line above makes it importable)
-from benchmarks import growth, layouts, train, workers  # noqa: E402  (the line above makes it importable)
-
 SHAPE = {"batch": 2, "sequence": 8, "layers": 2, "hidden": 64, "vocab": 50}
 STEP = {**SHAPE, "heads": 2, "repeats": 3}
 

@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 
 from pangu.config import load_config
-from pangu.layout import validate_layout
-from pangu.tokenizer import PanguTokenizer
-from pangu.tokenizer_training import train_tokenizer
+from pangu.config.layout import resolve
+from pangu.quickstart import corpus as quickstart
+from pangu.quickstart.facts import KINDS, prompt
+from pangu.text.tokenizer import PanguTokenizer
+from pangu.text.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import make_quickstart_corpus as quickstart  # noqa: E402  (the line above makes it importable)
-from quickstart_facts import KINDS, prompt  # noqa: E402
-
 CONFIG = ROOT / "ds_configs/quickstart.yaml"
 
 
@@ -96,7 +93,7 @@ def test_questions_and_answers_fit_the_recipes_window_and_vocabulary(corpus: Pat
 def test_recipe_fits_the_layouts_a_newcomer_tries(overrides: list[str], data: int) -> None:
     config = load_config(CONFIG, overrides)
     parallel = config.parallel
-    assert validate_layout(config, parallel.tensor * parallel.pipeline * data).data == data
+    assert resolve(config, parallel.tensor * parallel.pipeline * data).topology.data == data
 
 
 def test_program_refuses_a_place_it_cannot_write(tmp_path: Path) -> None:

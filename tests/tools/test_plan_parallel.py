@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from published_runs import table
+from helpers.published_runs import table
 
 from pangu.config import load_config
-from pangu.layout import validate_layout
+from pangu.config.layout import resolve
 from pangu.planner.hardware import load_cluster
 from pangu.planner.memory import CPU
 from pangu.planner.plan import workload_of
 from pangu.planner.profile import Profile, load_profile
 from pangu.planner.search import Search
-from pangu.training.report import stage_reports
+from pangu.training.overview import stage_reports
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "ds_configs" / "clusters"
@@ -75,7 +75,7 @@ def test_refused_options(arguments: list[str], message: str, monkeypatch: pytest
 @pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_measure_this_machine(trains: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not trains:
-        monkeypatch.setattr("planning.calibrate.measure_training", lambda profile, *_: profile)
+        monkeypatch.setattr("pangu.calibration.calibrate_command.measure_training", lambda profile, *_: profile)
     output = tmp_path / "profile.yaml"
     assert plan_parallel(monkeypatch, "calibrate", "--output", output, "--processes", "2", "--seconds", "1") == 0
     profile = load_profile(output)
@@ -111,7 +111,7 @@ def test_plans_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_measured_plans_differ() -> None:
-    from planning.measure import rank_correlation, spread
+    from pangu.calibration.measure_command import rank_correlation, spread
 
     workload, cluster = workload_of(load_config(ROOT / "ds_configs" / "quickstart.yaml")), load_cluster(CLUSTER)
     candidates = Search(workload, cluster, Profile(), CPU).run().candidates
@@ -149,7 +149,7 @@ def test_a_plan_becomes_a_recipe_and_the_dry_run_says_the_same(
     asked = ("--model", "13B", "--cluster", CLUSTERS / "ascend910_2048.yaml", "--devices", "64", "--global-batch-size", "512")
     best = json.loads(planned(monkeypatch, capsys, *asked, "--write", recipe, "--json", "--top", "1"))["plans"][0]
     config = load_config(recipe)
-    reports = stage_reports(config, validate_layout(config, 64))
+    reports = stage_reports(config, resolve(config, 64))
     assert max(report.memory.total for report in reports) / 2**30 == best["total_gib"]
     assert reports[best["fullest_stage"]].memory.total == max(report.memory.total for report in reports)
     assert "# predicted: " in recipe.read_text(encoding="utf-8")

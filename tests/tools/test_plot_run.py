@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pangu import plot as plot_run
 from pangu.errors import InputError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import plot_run
+from pangu.training import curves as curves_of_runs
 
 
 def write_metrics(directory: Path, *metrics: dict[str, float], tail: str = "") -> Path:
@@ -39,33 +37,33 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def test_a_step_done_again_counts_with_its_last_line(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": loss} for step, loss in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 3.5), (3, 2.5))]
-    curves = plot_run.read_run(write_metrics(tmp_path, *lines))
+    curves = curves_of_runs.read_run(write_metrics(tmp_path, *lines))
     assert curves.training == {1: 5.0, 2: 3.5, 3: 2.5}
     assert curves.notes == []
 
 
 def test_training_and_validation_are_told_apart(run: Path) -> None:
-    curves = plot_run.read_run(run)
+    curves = curves_of_runs.read_run(run)
     assert len(curves.training) == 100
     assert curves.validation == {100: 2.25}
 
 
 def test_lines_cut_by_a_kill_are_left_out_with_a_note(tmp_path: Path) -> None:
     run = write_metrics(tmp_path, {"step": 1, "loss": 5.0}, tail='{"step": 2, "lo\n{"step": 2, "loss": 4.0}\n{"step": 3')
-    curves = plot_run.read_run(run)
+    curves = curves_of_runs.read_run(run)
     assert curves.training == {1: 5.0, 2: 4.0}
     assert ["line 2 was cut off" in curves.notes[0], "line 4 was cut off" in curves.notes[1]] == [True, True]
 
 
 def test_a_loss_that_is_not_finite_is_left_out_with_a_note(tmp_path: Path) -> None:
     run = write_metrics(tmp_path, {"step": 1, "loss": 5.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf})
-    curves = plot_run.read_run(run)
+    curves = curves_of_runs.read_run(run)
     assert curves.training == {1: 5.0}
     assert len(curves.notes) == 2 and "step 2" in curves.notes[0]
 
 
 def test_the_chart_falls_from_the_top_left_to_the_bottom_right(run: Path) -> None:
-    lines = plot_run.terminal_chart(plot_run.read_run(run).training, width=40, height=8, braille=False).splitlines()
+    lines = curves_of_runs.terminal_chart(curves_of_runs.read_run(run).training, width=40, height=8, braille=False).splitlines()
     assert lines[0].startswith("6.950 |*") and lines[7].startswith("2.000 |")
     assert [line.index("*") for line in lines[:8]] == sorted(line.index("*") for line in lines[:8])
     assert lines[7].rindex("*") == len("2.000 |") + 39
@@ -74,11 +72,11 @@ def test_the_chart_falls_from_the_top_left_to_the_bottom_right(run: Path) -> Non
 
 @pytest.mark.parametrize("series", [{7: 1.5}, {1: 2.0, 2: 2.0}])
 def test_the_chart_of_a_point_or_a_level_line(series: dict[int, float]) -> None:
-    assert "*" in plot_run.terminal_chart(series, braille=False)
+    assert "*" in curves_of_runs.terminal_chart(series, braille=False)
 
 
 def test_braille_dots_are_where_the_values_are() -> None:
-    chart = plot_run.terminal_chart({1: 1.0, 2: 0.0}, width=1, height=2)
+    chart = curves_of_runs.terminal_chart({1: 1.0, 2: 0.0}, width=1, height=2)
     assert [line[-1] for line in chart.splitlines()[:2]] == ["\u2801", "\u2880"]  # top left dot, bottom right dot
 
 
@@ -102,7 +100,7 @@ def test_the_picture_shows_all_runs(run: Path, tmp_path: Path, monkeypatch: pyte
 def test_without_matplotlib_one_line_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"pip install 'pangu-alpha-pytorch\[monitor\]'"):
-        plot_run.save_picture([plot_run.read_run(run)], run / "loss.png")
+        plot_run.save_picture([curves_of_runs.read_run(run)], run / "loss.png")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pangu.data.indexed import IndexedDataset
-from pangu.tokenizer_training import train_tokenizer
+from pangu.text.tokenizer_training import train_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 TEXT = "\n\n".join(f"第{number}篇：今天是一个好天气。" for number in range(500))

@@ -12,8 +12,8 @@ import pytest
 import sentencepiece
 
 from pangu.errors import InputError
-from pangu.tokenizer import PanguTokenizer
-from pangu.tokenizer_training import train_tokenizer
+from pangu.text.tokenizer import PanguTokenizer
+from pangu.text.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 86  # between the characters of the corpus and the pieces that it yields at most

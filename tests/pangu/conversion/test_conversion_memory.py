@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from harness import run_distributed
+from helpers.harness import run_distributed
 
+from pangu.benchmarks.convert import random_weights
+from pangu.benchmarks.machine import memory
 from pangu.config import ModelConfig
-from pangu.conversion.blocks import BLOCK_BYTES
 from pangu.conversion.convert import convert
 from pangu.conversion.formats import open_weights
 from pangu.conversion.weights import Overrides, WriteOptions
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-
-from benchmarks.convert import random_weights
-from benchmarks.machine import memory
+from pangu.tensor_files.blocks import BLOCK_BYTES
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is measured with /proc")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from layouts import random_batches, small_config, start
+from helpers.harness import run_distributed
+from helpers.layouts import random_batches, small_config, start
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,9 +21,9 @@ from megatron_ext.sharding import canonical_parameters
 from pangu.conversion.deepspeed import detect, read
 from pangu.conversion.export import write_weights
 from pangu.conversion.weights import Overrides, Weights
+from pangu.engine.manifest import MANIFEST
 from pangu.errors import InputError
 from pangu.training.checkpoint import Progress, save_checkpoint
-from pangu.training.manifest import MANIFEST
 
 # Parameters are sharded however small they are, and the optimizer's buffers cut in the middle of one.
 SMALL_GROUPS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}}

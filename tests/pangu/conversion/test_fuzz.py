@@ -21,19 +21,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bounded import TooSlow, bounded, read_all
+from helpers.bounded import TooSlow, bounded, read_all
+from helpers.mindspore_bytes import field, strategy, varint
+from helpers.whole_model import small_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mindspore_bytes import field, strategy, varint
-from whole_model import small_weights
 
 from megatron_ext.context import ParallelContext
 from pangu.config import ModelConfig
-from pangu.conversion import formats, mindspore_file, mindspore_shards, torch_file
+from pangu.conversion import formats, mindspore_shards
 from pangu.conversion.convert import convert
-from pangu.conversion.torch_pickle import _OPERATIONS, Machine, PickleError
-from pangu.conversion.weights import LazyTensor, Overrides, WriteOptions
+from pangu.conversion.weights import Overrides, WriteOptions
 from pangu.model.model import PanguModel
+from pangu.tensor_files import mindspore_file, torch_file
+from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.torch_pickle import _OPERATIONS, Machine, PickleError
 from pangu.training.checkpoint import MANIFEST
 
 EXAMPLES = int(os.environ.get("PANGU_FUZZ_EXAMPLES", "0"))
@@ -266,7 +268,7 @@ def test_a_reader_that_believes_what_it_reads_is_caught(allocate: Callable[[], A
 
 
 def test_a_reader_that_hangs_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bounded.SECONDS", 0.1)
+    monkeypatch.setattr("helpers.bounded.SECONDS", 0.1)
 
     def forever() -> None:
         while True:

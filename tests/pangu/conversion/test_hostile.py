@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from bounded import bounded, refusal
-from mindspore_bytes import field, value
+from helpers.bounded import bounded, refusal
+from helpers.mindspore_bytes import field, value
+from helpers.whole_model import small_weights
 from safetensors.torch import save_file
-from whole_model import small_weights
 
-from pangu.conversion import formats, huggingface, mindspore_file, npy, torch_file
+from pangu.conversion import formats, huggingface, npy
 from pangu.conversion.convert import convert
-from pangu.conversion.torch_pickle import Machine, PickleError
-from pangu.conversion.weights import LazyTensor, Overrides, WriteOptions, complete
+from pangu.conversion.weights import Overrides, WriteOptions, complete
 from pangu.errors import InputError
+from pangu.tensor_files import mindspore_file, torch_file
+from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.torch_pickle import Machine, PickleError
 from pangu.training.checkpoint import MANIFEST
 
 HEADS = Overrides(num_heads=2)

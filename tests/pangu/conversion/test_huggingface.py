@@ -13,31 +13,31 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from layouts import random_batches
-from layouts import small_config as small_run
-from ranks import share
+from helpers.harness import run_distributed
+from helpers.layouts import random_batches
+from helpers.layouts import small_config as small_run
+from helpers.ranks import share
+from helpers.small_model import sharp_weights, small_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_model import sharp_weights, small_config
 from torch import Tensor
 
-from megatron_ext import accelerator
 from megatron_ext.collectives import world_size
 from megatron_ext.context import ParallelContext
 from megatron_ext.sharding import ShardSpec, canonical_parameters
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import Groups, Topology
 from pangu.config import ModelConfig
+from pangu.config.layout import resolve
 from pangu.conversion import export, huggingface
 from pangu.conversion.export import write_weights
 from pangu.conversion.huggingface import CONFIG, INDEX, TOKENIZER
 from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
+from pangu.engine.engine import TrainingEngine
 from pangu.errors import InputError
-from pangu.layout import validate_layout
 from pangu.model.model import PanguModel
-from pangu.training.engine import TrainingEngine
 
-ALONE = Groups.describe(Topology(tensor=1, pipeline=1, data=1), 0)
+ALONE = Groups.from_topology(Topology(tensor=1, pipeline=1, data=1), 0)
 WTE, BIAS, NORM = "transformer.wte.weight", "transformer.h.1.attn.c_proj.bias", "transformer.ln_f.weight"
 
 
@@ -192,9 +192,9 @@ def export_twice(directory: str, sections: dict[str, Any]) -> None:
     """Write the weights of a run before and after its first step."""
     huggingface.SHARD_BYTES = 8_000
     config = small_run(**sections)
-    accelerator.initialize(60)
-    groups = Groups.create(validate_layout(config, world_size()))
-    engine = TrainingEngine(config, groups, sharp_weights(3))
+    rendezvous.initialize(60)
+    groups = Groups.create((layout := resolve(config, world_size())).topology)
+    engine = TrainingEngine(config, layout, groups, sharp_weights(3))
 
     def write_as(name: str) -> None:
         parameters = ((spec, partial(engine.whole, parameter)) for spec, parameter in canonical_parameters(engine.module))

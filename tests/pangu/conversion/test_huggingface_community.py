@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import golden_batch, golden_model
+from helpers.golden import golden_batch, golden_model
+from helpers.small_model import sharp_weights, small_config
 from safetensors.torch import save_file
-from small_model import sharp_weights, small_config
 from torch import Tensor
 
 from megatron_ext.context import ParallelContext

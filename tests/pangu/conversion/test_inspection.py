@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import run_distributed
-from layouts import random_batches, small_config, start
-from mindspore_bytes import checkpoint, strategy
+from helpers.harness import run_distributed
+from helpers.layouts import random_batches, small_config, start
+from helpers.mindspore_bytes import checkpoint, strategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,8 +24,9 @@ from pangu.conversion import huggingface, inspection, mindspore
 from pangu.conversion.convert import convert
 from pangu.conversion.formats import open_weights
 from pangu.conversion.inspection import Inspection, bytes_to_verify, look, measure, verify
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions, model_specs
+from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
 from pangu.errors import InputError
+from pangu.tensor_files.lazy_tensor import LazyTensor
 from pangu.training.checkpoint import MANIFEST, Progress, save_checkpoint
 
 Tensors = dict[str, Tensor]

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import golden_model
-from harness import run_distributed
-from small_model import VOCAB, WINDOW, small_config, small_model
+from helpers.golden import golden_model
+from helpers.harness import run_distributed
+from helpers.small_model import VOCAB, WINDOW, small_config, small_model
 
-from megatron_ext import accelerator
 from megatron_ext.context import ParallelContext
 from megatron_ext.sharding import canonical_parameters
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import Groups, Topology
 from pangu.conversion import load_weights
 from pangu.conversion.convert import convert
 from pangu.conversion.formats import FORMATS
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions
+from pangu.conversion.weights import Overrides, Weights, WriteOptions
 from pangu.errors import InputError
 from pangu.model.model import PanguModel, gather_logits
+from pangu.tensor_files.lazy_tensor import LazyTensor
 
 ALONE = Topology(tensor=1, pipeline=1, data=1)
 HEADS = Overrides(num_heads=4)
@@ -28,7 +29,7 @@ POSITIONS = torch.arange(WINDOW).expand(2, -1)
 
 
 def logits_of_a_rank(path: str, tensor: int) -> torch.Tensor:
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     topology = Topology(tensor=tensor, pipeline=1, data=1)
     group = Groups.create(topology).tensor
     model = PanguModel(small_config(), ParallelContext(tensor=group)).eval()

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import mindspore_name
-from ranks import share
-from small_model import sharp_weights, small_config
+from helpers.golden import mindspore_name
+from helpers.ranks import share
+from helpers.small_model import sharp_weights, small_config
 from torch import Tensor
 
 from megatron_ext.context import ParallelContext
@@ -24,9 +24,10 @@ from megatron_ext.sharding import canonical_parameters
 from pangu.config import ModelConfig
 from pangu.conversion import megatron
 from pangu.conversion.megatron import DIALECT, FILE, TRACKER, detect, read, write
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions, model_specs
+from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
 from pangu.errors import InputError
 from pangu.model.model import PanguModel
+from pangu.tensor_files.lazy_tensor import LazyTensor
 
 HEADS = Overrides(num_heads=8)
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import golden_batch, golden_model, golden_weights
-from mindspore_bytes import array_value, checkpoint, field, value, varint
+from helpers.golden import golden_batch, golden_model, golden_weights
+from helpers.mindspore_bytes import array_value, checkpoint, field, value, varint
 
 from megatron_ext.context import ParallelContext
 from pangu.config import ModelConfig
-from pangu.conversion import mindspore, mindspore_file
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions, model_specs
+from pangu.conversion import mindspore
+from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
 from pangu.errors import InputError
 from pangu.model.model import PanguModel
+from pangu.tensor_files import mindspore_file
+from pangu.tensor_files.lazy_tensor import LazyTensor
 
 HEADS = Overrides(num_heads=4)
 TABLE = "embedding_table"

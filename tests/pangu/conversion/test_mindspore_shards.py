@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import golden_weights
-from mindspore_bytes import checkpoint, strategy
-from mindspore_shards_of import EMBEDDINGS, layout_of, shards_of, write_shards
+from helpers.golden import golden_weights
+from helpers.mindspore_bytes import checkpoint, strategy
+from helpers.mindspore_shards_of import EMBEDDINGS, layout_of, shards_of, write_shards
 
 from pangu.conversion import mindspore, mindspore_shards
 from pangu.conversion.weights import Overrides, Weights, WriteOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import golden_weights
+from helpers.golden import golden_weights
 
 from pangu.conversion import mindspore, npy
 from pangu.conversion.weights import Overrides, WriteOptions

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import golden_batch, golden_model
+from helpers.golden import golden_batch, golden_model
+from helpers.small_model import VOCAB, WINDOW, NumberTokenizer, small_model, write_model
 from safetensors.torch import load_file, save_file
-from small_model import VOCAB, WINDOW, NumberTokenizer, small_model, write_model
 from torch import Tensor
 
 from megatron_ext.sharding import canonical_parameters
 from pangu.conversion import huggingface
-from pangu.conversion.weights import LazyTensor, Overrides, Weights, WriteOptions
+from pangu.conversion.weights import Overrides, Weights, WriteOptions
 from pangu.inference.generation import TextGenerator
 from pangu.model.model import PanguModel
+from pangu.tensor_files.lazy_tensor import LazyTensor
 
 transformers = pytest.importorskip("transformers")
 

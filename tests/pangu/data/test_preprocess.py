@@ -14,10 +14,10 @@ from pangu.data import indexed as indexed_module
 from pangu.data import preprocess as preprocess_module
 from pangu.data.indexed import IndexedDataset
 from pangu.data.preprocess import preprocess
-from pangu.data.text import read_blocks
 from pangu.errors import InputError
-from pangu.tokenizer import PanguTokenizer
-from pangu.tokenizer_training import train_tokenizer
+from pangu.text.documents import read_blocks
+from pangu.text.tokenizer import PanguTokenizer
+from pangu.text.tokenizer_training import train_tokenizer
 
 TEXTS = [f"第{number}篇：今天是一个好天气。\nThe weather is fine {number} times." for number in range(600)]
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evaluation_model import DATA
-from small_model import small_model
+from helpers.evaluation_model import DATA
+from helpers.small_model import small_model
 
 from pangu.evaluation.answering import Answerer, answer_metrics, as_written
 from pangu.evaluation.examples import Choice, Example

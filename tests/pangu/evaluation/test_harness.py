@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evaluation_model import write_evaluation_model
+from helpers.evaluation_model import write_evaluation_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'pangu-alpha-pytorch[eval]'")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from evaluation_model import DATA
+from helpers.evaluation_model import DATA
 
 from pangu.evaluation.prompts import PromptBuilder, Query
 from pangu.evaluation.readers import read_examples

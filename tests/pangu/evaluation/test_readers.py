@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from evaluation_model import DATA, TASKS
+from helpers.evaluation_model import DATA, TASKS
 
 from pangu.errors import InputError
 from pangu.evaluation.examples import Example

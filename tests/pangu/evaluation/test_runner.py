@@ -18,7 +18,7 @@ from pangu.evaluation.report import figures, markdown
 from pangu.evaluation.runner import evaluation_order, run
 from pangu.evaluation.tasks import load_tasks
 
-ALONE = Groups.describe(Topology(tensor=1, pipeline=1, data=1), 0)
+ALONE = Groups.from_topology(Topology(tensor=1, pipeline=1, data=1), 0)
 EXAMPLES = [Example(str(number), {}) for number in range(100)]
 HEADER = {"task": "none", "seed": 1}
 

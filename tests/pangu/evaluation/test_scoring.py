@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_distributed
-from small_model import VOCAB, WINDOW, NumberTokenizer, small_model
+from helpers.harness import run_distributed
+from helpers.small_model import VOCAB, WINDOW, NumberTokenizer, small_model
 
-from megatron_ext import accelerator
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import Groups, Topology
 from pangu.evaluation.scoring import Score, Scorer, Span, windows
 from pangu.inference.generation import TextGenerator
 from pangu.model.model import PanguModel
-from pangu.tokenizer import PanguTokenizer
+from pangu.text.tokenizer import PanguTokenizer
 
 
 def spans() -> list[Span]:
@@ -127,7 +127,7 @@ def likeliest() -> list[Span]:
 
 
 def on_a_rank(size: int) -> list[Score]:
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     groups = Groups.create(Topology.from_world_size(size, tensor=size, pipeline=1))
     return Scorer(small_model(groups.tensor), NumberTokenizer()).score([*spans(), *likeliest()])
 

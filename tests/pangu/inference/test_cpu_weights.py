@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import TOKENIZER_VOCAB, WINDOW, NumberTokenizer, small_model
+from helpers.small_model import TOKENIZER_VOCAB, WINDOW, NumberTokenizer, small_model
 
 from megatron_ext import accelerator
 from megatron_ext.topology import Group

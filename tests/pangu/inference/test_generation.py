@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from small_model import TOKENIZER_VOCAB, VOCAB, WINDOW, NumberTokenizer, small_model
+from helpers.harness import run_distributed
+from helpers.small_model import TOKENIZER_VOCAB, VOCAB, WINDOW, NumberTokenizer, small_model
 
-from megatron_ext import accelerator
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import SINGLE, Group, Groups, Topology
 from pangu.errors import InputError
 from pangu.inference.generation import Generation, TextGenerator
@@ -55,7 +55,7 @@ OPTIONS: dict[str, Any] = {"num_samples": 3, "frequency_penalty": 0.5, "repetiti
 
 
 def rank_generations() -> tuple[list[list[int]], list[Generation], list[Generation]]:
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     group = Groups.create(Topology(tensor=2, pipeline=1, data=1)).tensor
     of = generator(group)
     disagreeing = of.generate([prompt(3)], max_new_tokens=12, seed=group.rank, **OPTIONS)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import golden_batch, golden_model
-from harness import run_distributed
-from small_model import TOKENIZER_VOCAB, VOCAB, WINDOW, small_model
+from helpers.golden import golden_batch, golden_model
+from helpers.harness import run_distributed
+from helpers.small_model import TOKENIZER_VOCAB, VOCAB, WINDOW, small_model
 from torch import Tensor
 
-from megatron_ext import accelerator
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import Groups, Topology
 from pangu.inference.kv_cache import make_caches, visible_columns
 from pangu.model.model import PanguModel, gather_logits
@@ -120,7 +120,7 @@ def test_visible_columns() -> None:
 
 
 def rank_logits() -> np.ndarray:
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     group = Groups.create(Topology(tensor=2, pipeline=1, data=1)).tensor
     model = small_model(group)
     caches = make_caches(model, torch.tensor([0]), 5)

@@ -9,7 +9,7 @@ import pytest
 
 from pangu.errors import InputError
 from pangu.inference.streaming import TextStream, decoded_stops
-from pangu.tokenizer import PanguTokenizer
+from pangu.text.tokenizer import PanguTokenizer
 
 
 def decode_bytes(ids: Sequence[int]) -> str:

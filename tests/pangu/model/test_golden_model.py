@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import golden_batch, golden_model
+from helpers.golden import golden_batch, golden_model
 
 TOLERANCE_LOGITS = 5e-5
 TOLERANCE_GRADIENTS = 5e-6
@@ -28,7 +28,7 @@ def test_logits_and_losses_equal_the_original(shared: Path, case: str, attention
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_equal_the_original(shared: Path, recompute: str) -> None:
-    from golden import to_mindspore
+    from helpers.golden import to_mindspore
 
     golden = np.load(shared / "oracle/A/grads_plain.npz")
     model = golden_model(shared, recompute=recompute)

@@ -12,8 +12,9 @@ import pytest
 from megatron_ext import cross_entropy
 from megatron_ext.topology import Topology
 from pangu.config import ModelConfig, load_config
-from pangu.layout import deepspeed_config
-from pangu.model.stages import balanced_layers
+from pangu.config.layout import resolve
+from pangu.config.sizes import RankParameters, stage_parameters
+from pangu.config.stages import balanced_layers
 from pangu.planner.memory import (
     ACCELERATOR,
     CHUNK_LOGITS,
@@ -24,7 +25,6 @@ from pangu.planner.memory import (
     layer_activation_bytes,
     micro_batch_parts_in_flight,
 )
-from pangu.planner.parameters import RankParameters, stage_parameters
 from pangu.planner.plan import Plan, Workload, plan_of
 from pangu.planner.states import model_state_bytes
 
@@ -148,8 +148,7 @@ def test_our_layers_differ_where_they_do() -> None:
 def paper_plan(*overrides: str, stage: int = 0) -> MemoryEstimate:
     """The paper's 200B plan on 2048 devices of 32 GB: a stage of four layers, tensor 8, data 16."""
     config = load_config(RECIPES / "200B.yaml", ["model.attention=eager", *overrides])
-    layout = Topology(tensor=8, pipeline=16, data=16)
-    return estimate_memory(*plan_of(config, layout, deepspeed_config(config, layout)), stage)
+    return estimate_memory(*plan_of(config, resolve(config, 2048)), stage)
 
 
 def test_the_paper_plan_fits_its_devices() -> None:
@@ -166,8 +165,7 @@ def test_the_paper_plan_fits_its_devices() -> None:
 
 def test_the_paper_plan_needs_optimizer_parallelism() -> None:
     config = load_config(RECIPES / "200B.yaml", ["model.attention=eager", "train.precision=fp16"])
-    layout = Topology(tensor=8, pipeline=16, data=16)
-    workload, plan = plan_of(config, layout, deepspeed_config(config, layout))
+    workload, plan = plan_of(config, resolve(config, 2048))
     assert estimate_memory(workload, replace(plan, zero_stage=0), 0).total > 32 * GIB
 
 
@@ -193,8 +191,7 @@ def test_no_more_micro_batches_in_flight_than_there_are() -> None:
 
 def test_offload_is_read_from_the_deepspeed_configuration() -> None:
     config = load_config(RECIPES / "350M.yaml", ["deepspeed=zero2-offload.json"])
-    layout = Topology(tensor=1, pipeline=1, data=8)
-    workload, plan = plan_of(config, layout, deepspeed_config(config, layout))
+    workload, plan = plan_of(config, resolve(config, 8))
     assert plan.offload_optimizer and not plan.offload_parameters
     estimate = estimate_memory(workload, plan, 0)
     assert estimate.states.optimizer == 0

@@ -1,7 +1,7 @@
 """Collectives against times computed by hand: one gigabyte, no latency unless said."""
 
 import pytest
-from small_cluster import IDEAL, cluster
+from helpers.small_cluster import IDEAL, cluster
 
 from pangu.planner.network import Network
 from pangu.planner.profile import MeasuredLink

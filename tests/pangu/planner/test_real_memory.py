@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from layouts import random_batches, small_config, start
-from live_memory import LiveStorages, state_storages, state_tensors
+from helpers.harness import run_distributed
+from helpers.layouts import random_batches, small_config, start
+from helpers.live_memory import LiveStorages, state_storages, state_tensors
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pangu.config import Config
-from pangu.layout import deepspeed_config, validate_layout
+from pangu.config.layout import resolve
 from pangu.planner.memory import CPU, MemoryEstimate, estimate_memory
 from pangu.planner.plan import plan_of
 
@@ -68,7 +68,7 @@ def measure(case: str) -> tuple[int, int, int]:
     torch.set_num_threads(1)
     before = state_storages()
     engine = start(configure(case))
-    bucket = deepspeed_config(engine.config, engine.groups.topology)["zero_optimization"]["reduce_bucket_size"]
+    bucket = engine.layout.deepspeed["zero_optimization"]["reduce_bucket_size"]
     batches = [batch for batch, _ in zip(random_batches(engine.config, engine.groups), range(9), strict=False)]
     apart = before.keys() | {batch.loss_mask.untyped_storage().data_ptr() for batch in batches}
     source, live = iter(batches), LiveStorages()
@@ -88,7 +88,7 @@ def measure(case: str) -> tuple[int, int, int]:
     with live:
         loss = engine.engine(*inputs)
     kept = activations() + sum(x.untyped_storage().nbytes() for x in inputs)
-    engine.engine.backward(engine.guard.gate(loss))
+    engine.engine.backward(engine.guard.check_loss(loss))
     del loss
     engine.engine.step()
     return 0, states(), kept
@@ -124,21 +124,21 @@ def pipeline_measures(engine: Any, live: LiveStorages, states: Any, activations:
 
 def expected(config: Config, stage: int, world_size: int) -> tuple[MemoryEstimate, int, int]:
     """The estimate; of it what `measure` can see of states and of activations."""
-    layout = validate_layout(config, world_size)
-    workload, plan = plan_of(config, layout, deepspeed_config(config, layout))
+    layout = resolve(config, world_size)
+    workload, plan = plan_of(config, layout)
     estimate = estimate_memory(workload, plan, stage, CPU)
     states = estimate.states.resident
     element = 4 if config.train.precision == "fp32" else 2
     if config.parallel.zero_stage in (0, 2):
         states -= element * plan.bucket_elements if estimate.states.buffers else 0  # it lives during the backward pass only
     kept = estimate.activations
-    if stage == layout.pipeline - 1:
+    if stage == layout.topology.pipeline - 1:
         # When the forward pass has ended, the gradient of the output layer is there, and in a pipeline what it read for this micro-batch
         # and the one before.
-        kept += 4 * -(-config.model.vocab_size // layout.tensor) * config.model.hidden_size
-        if layout.pipeline > 1:
+        kept += 4 * -(-config.model.vocab_size // layout.topology.tensor) * config.model.hidden_size
+        if layout.topology.pipeline > 1:
             hidden_state = element * plan.micro_batch_size * workload.sequence_length * config.model.hidden_size
-            kept += min(2, plan.micro_batches(workload)) * hidden_state // (layout.tensor if plan.sequence_parallel else 1)
+            kept += min(2, plan.micro_batches(workload)) * hidden_state // (layout.topology.tensor if plan.sequence_parallel else 1)
     return estimate, states, kept
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pangu.config import ModelConfig, parse_config
-from pangu.layout import validate_layout
+from pangu.config.layout import resolve
 from pangu.planner.hardware import Cluster, load_cluster
 from pangu.planner.memory import GIB
 from pangu.planner.plan import Workload
@@ -53,7 +53,7 @@ def test_every_plan_is_one_that_training_accepts() -> None:
     path = RECIPES / "some.yaml"
     for one in outcome.candidates[:: len(outcome.candidates) // 40]:
         values = recipe(path, RECIPES / "200B.yaml", [], search.workload, one.plan)
-        assert validate_layout(parse_config(values, path), 2048) == one.plan.layout
+        assert resolve(parse_config(values, path), 2048).topology == one.plan.layout
 
 
 @pytest.mark.parametrize(("devices", "limit"), [(2048, 10), (16384, 60)])

@@ -5,7 +5,7 @@ from time import process_time
 from typing import Any
 
 import pytest
-from small_cluster import IDEAL, cluster
+from helpers.small_cluster import IDEAL, cluster
 
 from megatron_ext.topology import Topology
 from pangu.config import ModelConfig

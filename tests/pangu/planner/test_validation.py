@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from published_runs import table
+from helpers.published_runs import table
 
 from pangu.errors import InputError
 from pangu.planner.profile import Profile, load_profile

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import small_config
+from helpers.layouts import small_config
 
 from pangu.config import Config
 from pangu.training.metrics import Metrics

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import run_distributed
+from helpers.harness import run_distributed
 
-from megatron_ext import accelerator
+from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import Groups, Topology
 from pangu.training import stragglers
 from pangu.training.stragglers import REPORTS, StragglerReport, slow_ranks
@@ -34,7 +34,7 @@ def test_who_stands_out(seconds: list[float], least: float, slow: list[int]) -> 
 
 def reports_of_a_rank(slow_rank: int, slow_reports: list[bool], what: str) -> tuple[list[list[str]], bool]:
     """What is told after each report, where `slow_rank` is slow in some; and whether no random stream has moved."""
-    accelerator.initialize(60)
+    rendezvous.initialize(60)
     groups = Groups.create(Topology(tensor=1, pipeline=1, data=2))
     state = torch.get_rng_state()
     report = StragglerReport(groups)

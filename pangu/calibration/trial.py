@@ -1,0 +1,136 @@
+"""Really train some steps of a plan, on processes of this machine and with random tokens, and tell how long a step takes.
+
+    seconds = try_plan(config, world_size=4, steps=20)
+
+The ranks are forks of one server that has torch and DeepSpeed loaded, so that a trial starts in a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+
+from megatron_ext import accelerator
+from megatron_ext.supervision import rendezvous
+from pangu.config import Config
+from pangu.data.batches import Batch, collate
+from pangu.data.sampler import Sampler
+from pangu.errors import InputError, one_line
+
+WARM_UP_STEPS = 3
+PRELOAD = (
+    *("deepspeed.pipe", "deepspeed.runtime.pipe.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"),
+    *("torch._dynamo", "torch.utils.checkpoint", "pangu.engine.engine", __name__),
+)
+"""What the fork server imports once for all ranks; a trial would spend most of its time on it."""
+TIMEOUT_SECONDS = 300.0
+
+
+def try_plan(config: Config, world_size: int, steps: int, timeout: float = TIMEOUT_SECONDS) -> float:
+    """Median seconds of a step of a configuration, after a few that warm up.
+
+    Args:
+        config: of the run; nothing that it names is read or written.
+        world_size: processes to start.
+        steps: to measure.
+        timeout: seconds until the processes are ended.
+
+    Raises:
+        InputError: a process failed, or they have not ended in time.
+    """
+    if world_size > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun has it; read when torch is imported
+    os.environ.setdefault("DS_ACCELERATOR", accelerator.name())  # the server need not look for one
+    # A device that a fork server has touched cannot be used by its forks.
+    context: Any = multiprocessing.get_context("forkserver" if accelerator.name() == "cpu" else "spawn")
+    context.set_forkserver_preload([*PRELOAD])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes, pipes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+        processes.append(context.Process(target=_rank, args=(config, steps, place, sender), daemon=True))
+        pipes.append(receiver)
+        processes[-1].start()
+        sender.close()
+    try:
+        return _first_answer(pipes, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+def _first_answer(pipes: list[Connection], timeout: float) -> float:
+    """What the first rank measured; the others' answers are waited for too, so that all have done the same."""
+    deadline, answers = time.monotonic() + timeout, dict[int, float]()
+    while len(answers) < len(pipes):
+        ready: list[Any] = wait([pipe for rank, pipe in enumerate(pipes) if rank not in answers], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise InputError(f"the processes have not finished their steps after {timeout:.0f} s; measure fewer.")
+        for pipe in ready:
+            try:
+                answer = pipe.recv()
+            except EOFError:
+                answer = "ended early; lower the sizes if memory ran out"
+            if isinstance(answer, str):
+                raise InputError(f"process {pipes.index(pipe)}: {answer}")
+            answers[pipes.index(pipe)] = answer
+    return answers[0]
+
+
+def _rank(config: Config, steps: int, place: dict[str, int], answers: Any) -> None:
+    """One process of a trial. It leaves without destructors: one that waits for a failed peer would never end."""
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+    try:
+        answers.send(statistics.median(step_seconds(config, steps)))
+    except Exception as error:
+        answers.send(one_line(f"{type(error).__name__}: {error}"))
+    answers.close()
+    os._exit(0)
+
+
+def step_seconds(config: Config, steps: int) -> list[float]:
+    """Train on this rank as `pangu.train` does; seconds of each step but those that warm up."""
+    from megatron_ext import collectives
+    from megatron_ext.initialize import random_weights
+    from megatron_ext.topology import Groups
+    from pangu.config.layout import resolve
+    from pangu.engine.engine import TrainingEngine
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    layout = resolve(config, world_size)
+    rendezvous.initialize(TIMEOUT_SECONDS)
+    groups = Groups.create(layout.topology, TIMEOUT_SECONDS)
+    engine = TrainingEngine(config, layout, groups, random_weights(config.train.seed))
+    seconds = []
+    for step in range(WARM_UP_STEPS + steps):
+        collectives.barrier(groups.world)
+        accelerator.synchronize()
+        start = time.perf_counter()
+        engine.train_step(random_batches(config, layout.topology.data, groups.coordinates.data, step), config.optimizer.lr)
+        accelerator.synchronize()
+        collectives.barrier(groups.world)
+        seconds.append(time.perf_counter() - start)
+    return seconds[WARM_UP_STEPS:]
+
+
+def random_batches(config: Config, data_size: int, data_rank: int, step: int) -> Iterator[Batch]:
+    """A rank's micro-batches of random tokens; a sample is the same in every layout."""
+    train, model = config.train, config.model
+    sampler = Sampler(train.global_batch_size, train.micro_batch_size, data_size, data_rank)
+    first = min(10, model.vocab_size - 1)  # neither separator nor padding
+    for indices in sampler.micro_batches(step * train.global_batch_size):
+        samples = [np.random.default_rng(index).integers(first, model.vocab_size, train.sequence_length + 1) for index in indices]
+        yield collate(np.stack(samples), separator_id=model.separator_id, pad_id=model.pad_id, eod_reset=config.data.eod_reset)

@@ -1,0 +1,6 @@
+"""The run's configuration, and what follows from it by arithmetic: sizes, pipeline stages, the layout. Nothing here needs torch."""
+
+from pangu.config.load import load_config, parse_config
+from pangu.config.schema import Config, Count, ModelConfig, OptimizerConfig, Section
+
+__all__ = ["Config", "Count", "ModelConfig", "OptimizerConfig", "Section", "load_config", "parse_config"]

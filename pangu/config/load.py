@@ -1,0 +1,85 @@
+"""Reading the run's configuration: one YAML file, plus `section.key=value` overrides.
+
+config = load_config("ds_configs/2.6B.yaml", ["train.steps=100", "optimizer.lr=5e-5"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from pangu.config.parsing import apply_override, first_problem, read_json, read_yaml
+from pangu.config.presets import MODEL_PRESETS
+from pangu.config.recipes import find_recipe
+from pangu.config.schema import Config
+from pangu.errors import InputError
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, or the recipe of that name (`2.6B`), and apply `section.key=value` overrides, left to right.
+
+    A value is written as in YAML.
+
+    Raises:
+        InputError: one line naming the file or the override, the key, what was found and what to do.
+    """
+    path = find_recipe(path)
+    values = read_yaml(path)
+    overridden = [apply_override(values, override) for override in overrides or []]
+    return parse_config(values, path, overridden)
+
+
+def parse_config(values: dict[str, Any], path: Path, overridden: Sequence[str] = ()) -> Config:
+    """The configuration that sections of plain values make.
+
+    Args:
+        values: what a YAML file at `path` holds, or would hold.
+        path: named in errors, and `deepspeed` is relative to its folder.
+        overridden: keys that were given on the command line.
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    values = {key: {} if value is None and key != "deepspeed" else value for key, value in values.items()}  # a section may be empty
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = (path.parent / values["deepspeed"]).resolve()
+        _take_zero_stage(values)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        _refuse(error, path, overridden)
+
+
+def _take_zero_stage(values: dict[str, Any]) -> None:
+    """Where only the DeepSpeed JSON names a ZeRO stage, that is the run's."""
+    zero = read_json(values["deepspeed"]).get("zero_optimization")
+    parallel = values.setdefault("parallel", {})
+    if isinstance(zero, dict) and isinstance(parallel, dict) and zero.get("stage", "auto") != "auto":
+        parallel.setdefault("zero_stage", zero["stage"])
+
+
+def _nearest_keys(unknown: str) -> list[str]:
+    """Valid keys a user may have meant: those of a similar name in any section, else all of its section."""
+    sections = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Config.model_fields.items()}
+    section, _, last = unknown.partition(".")
+    if not last:
+        return difflib.get_close_matches(unknown, sections) or list(sections)
+    similar = difflib.get_close_matches(last, [key for keys in sections.values() for key in keys])
+    near = [f"{name}.{key}" for key in dict.fromkeys(similar) for name, keys in sections.items() if key in keys]
+    return near or [f"{section}.{key}" for key in sections[section]]
+
+
+def _refuse(error: ValidationError, path: Path, overridden: Sequence[str]) -> NoReturn:
+    """Turn pydantic's report into one line about the first mistake, with the keys that may have been meant."""
+    kind, key, text, more = first_problem(error)
+    if kind == "extra_forbidden":
+        text += f" Nearest: {', '.join(_nearest_keys(key))}."
+    elif kind == "missing" and key.startswith("model"):
+        text += f" Or give model.preset: {', '.join(MODEL_PRESETS)}."
+    unknown_section = kind == "extra_forbidden" and any(name.startswith(f"{key}.") for name in overridden)
+    from_override = unknown_section or any(key == name or key.startswith(f"{name}.") for name in overridden)
+    raise InputError(f"{'override' if from_override else path}: {text}{more}")

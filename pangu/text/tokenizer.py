@@ -1,0 +1,242 @@
+"""PanGu-α's tokenizer: jieba segments, joined by spaces, through a SentencePiece unigram model (arXiv 2104.12369, section 3).
+
+    tokenizer = PanguTokenizer("tokenizer/")        # a directory with vocab.model, or the file itself
+    tokenizer.encode("四川的省会是?")                 # [3826, 11, 21652, 16, 28]
+    tokenizer.decode([3826, 11, 21652, 16, 28])     # "四川的省会是?"
+
+Ids are those of the published tokenizer, which is `jieba.cut` 0.42.1 and the published `vocab.model` of 40,000 pieces. What it loses
+stays lost, by the model's NFKC normaliser: ，：？！ come back as ,:?!, a tab vanishes, "\\r\\n" comes back as "\\n", and a character that
+no piece covers comes back as "⁇".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterable
+from operator import index
+from pathlib import Path
+
+import sentencepiece
+
+from pangu.errors import InputError
+from pangu.text.segmentation import Segmenter
+
+MODEL_FILE = "vocab.model"
+
+# SentencePiece swallows spaces and newlines, so they travel as characters that text hardly uses (ids 4 and 3 in the published model).
+SPACE_PIECE, NEWLINE_PIECE = "\u2582", "\u2583"
+TO_MODEL = str.maketrans({" ": SPACE_PIECE, "\n": NEWLINE_PIECE})
+
+UNK, BOS, EOS, SEP, PAD, MASK, EOD, EOT = "<unk>", "<s>", "</s>", "<sep>", "<pad>", "<mask>", "<eod>", "<eot>"
+SPECIAL_PIECES = (UNK, BOS, EOS, SEP, PAD, MASK, EOD, EOT)
+
+
+class TokenIdError(InputError, IndexError):
+    """A token id that the vocabulary does not have."""
+
+
+class PanguTokenizer:
+    """Text to token ids and back, as published with PanGu-α.
+
+    Instances can be pickled and used in forked workers; jieba's dictionary is loaded at the first `encode`.
+
+    Args:
+        path: the SentencePiece model, or a directory that holds it as `vocab.model`.
+
+    Raises:
+        InputError: if there is no such file, it is not a SentencePiece model, or it lacks one of PanGu-α's special pieces.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        self.path = path / MODEL_FILE if path.is_dir() else path
+        try:
+            self._model = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot read the tokenizer model ({error.strerror}). Give a directory with {MODEL_FILE}, or the file."
+            ) from None
+        self._load()
+
+    def _load(self) -> None:
+        self.sha256 = hashlib.sha256(self._model).hexdigest()
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(self._model)
+        except RuntimeError:
+            raise InputError(
+                f"{self.path}: {len(self._model):,} bytes that are not a SentencePiece model. Copy {MODEL_FILE} again, or train one with "
+                "tools/train_tokenizer.py."
+            ) from None
+        self.vocab_size = self._pieces.get_piece_size()
+        unknown = self._pieces.unk_id()
+        missing = [
+            piece for piece in (SPACE_PIECE, NEWLINE_PIECE, *SPECIAL_PIECES) if self._pieces.piece_to_id(piece) == unknown and piece != UNK
+        ]
+        if missing or self._pieces.id_to_piece(unknown) != UNK:
+            raise InputError(
+                f"{self.path}: a SentencePiece model without the piece {(missing or [UNK])[0]}; PanGu-α's has {' '.join(SPECIAL_PIECES)} "
+                f"{SPACE_PIECE} {NEWLINE_PIECE}. Train one with tools/train_tokenizer.py."
+            )
+        self._segmenter = Segmenter()
+
+    def __getstate__(self) -> tuple[Path, bytes]:
+        return self.path, self._model
+
+    def __setstate__(self, state: tuple[Path, bytes]) -> None:
+        self.path, self._model = state
+        self._load()
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"PanguTokenizer({str(self.path)!r}, vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
+
+    @property
+    def unk_id(self) -> int:
+        """What a character outside the vocabulary becomes; 0 in the published model."""
+        return self._pieces.piece_to_id(UNK)
+
+    @property
+    def sep_id(self) -> int:
+        """`<sep>`; 5 in the published model."""
+        return self._pieces.piece_to_id(SEP)
+
+    @property
+    def pad_id(self) -> int:
+        """`<pad>`, fills up a sequence; 6 in the published model."""
+        return self._pieces.piece_to_id(PAD)
+
+    @property
+    def mask_id(self) -> int:
+        """`<mask>`; 7 in the published model."""
+        return self._pieces.piece_to_id(MASK)
+
+    @property
+    def eod_id(self) -> int:
+        """`<eod>`; 8 in the published model. The documents of the training data are separated by `eot_id`, not by this."""
+        return self._pieces.piece_to_id(EOD)
+
+    @property
+    def eot_id(self) -> int:
+        """`<eot>`, the separator of documents and the end of a generated text; 9 in the published model."""
+        return self._pieces.piece_to_id(EOT)
+
+    def encode(self, text: str, *, allow_special: bool | Collection[str] = False) -> list[int]:
+        """The token ids of `text`, each in [0, vocab_size). Nothing is added in front or behind.
+
+        Args:
+            text: any text; "" gives [].
+            allow_special: which of `SPECIAL_PIECES` become their id where they stand in `text`: none (so that a document cannot forge a
+                separator), all with True, or those named. The stretches between them are encoded each for itself.
+
+        Raises:
+            InputError: if `allow_special` names a piece that is not special, or `text` holds a lone surrogate, which no encoding has.
+        """
+        allowed = _allowed_pieces(allow_special)
+        if not allowed:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for part in re.split("(" + "|".join(map(re.escape, allowed)) + ")", text):
+            if part in allowed:
+                ids.append(self._pieces.piece_to_id(part))
+            else:
+                ids.extend(self._encode_plain(part))
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        line = model_input(self._segmenter, text)
+        try:
+            return self._pieces.encode(line)
+        except (RuntimeError, TypeError, UnicodeError):  # which of them depends on SentencePiece's release
+            lone = next((at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            if lone is None:
+                raise
+            raise InputError(
+                f"text: U+{ord(text[lone]):04X} at character {lone} is half of a surrogate pair, not a character. Read the text as UTF-8 "
+                "with errors='replace'."
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, as published: SentencePiece's decoding without its spaces, then ▂ to space and ▃ to newline.
+
+        The pieces `<sep>` to `<eot>` come back as they are written, `<s>` and `</s>` as nothing, `<unk>` as "⁇".
+
+        Args:
+            ids: whole numbers in [0, vocab_size): a list, a numpy array or a tensor of one dimension.
+
+        Raises:
+            TokenIdError: an `IndexError`, if an id is not in [0, vocab_size).
+        """
+        checked = [self._check(index(token_id), position) for position, token_id in enumerate(ids)]
+        return self._pieces.decode(checked).replace(" ", "").replace(SPACE_PIECE, " ").replace(NEWLINE_PIECE, "\n")
+
+    def id_to_piece(self, token_id: int) -> str:
+        """The piece of one id, with SentencePiece's "▁" where a segment begins. Raises TokenIdError outside [0, vocab_size)."""
+        return self._pieces.id_to_piece(self._check(token_id, 0))
+
+    def _check(self, token_id: int, position: int) -> int:
+        if not 0 <= token_id < self.vocab_size:
+            raise TokenIdError(
+                f"token id {token_id} at position {position}: {self.path} has the ids 0 to {self.vocab_size - 1}. Use the tokenizer that "
+                "the ids were made with; a model padded to more ids must mask the rest."
+            )
+        return token_id
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Copy the model to `directory`/vocab.model, whole or not at all, and give that path. Raises InputError if it cannot be written."""
+        return write_model(self._model, directory)
+
+
+def _allowed_pieces(allow_special: bool | Collection[str]) -> tuple[str, ...]:
+    if isinstance(allow_special, bool):
+        return SPECIAL_PIECES if allow_special else ()
+    # A string is a collection of its characters, which nobody means.
+    allowed = (allow_special,) if isinstance(allow_special, str) else tuple(allow_special)
+    for piece in allowed:
+        if piece not in SPECIAL_PIECES:
+            raise InputError(f"allow_special: {piece!r} is not a special piece. Choose from {' '.join(SPECIAL_PIECES)}.")
+    return allowed
+
+
+def model_input(segmenter: Segmenter, text: str) -> str:
+    """What SentencePiece sees of `text`, in training as in encoding: jieba's segments, space and newline marked, joined by " "."""
+    if "\r\n" in text:  # one segment
+        return " ".join([segment.translate(TO_MODEL) for segment in segmenter.cut(text)])
+    # Otherwise a space, a newline and their marks are segments of one character alike, and marking all at once is faster.
+    return " ".join(segmenter.cut(text.replace(" ", SPACE_PIECE).replace("\n", NEWLINE_PIECE)))
+
+
+def write_model(model: bytes, directory: str | os.PathLike[str]) -> Path:
+    """Write a SentencePiece model to `directory`/vocab.model: beside it first, then one rename, so that no reader ever sees half a file.
+
+    Raises:
+        InputError: if the directory cannot be made or written.
+    """
+    target = make_directory(directory) / MODEL_FILE
+    beside = target.with_name(f".{MODEL_FILE}.{os.getpid()}")
+    try:
+        try:
+            with beside.open("wb") as file:
+                file.write(model)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror}). Choose another directory, or make room.") from None
+    return target
+
+
+def make_directory(directory: str | os.PathLike[str]) -> Path:
+    """The directory, made with its parents if need be. Raises InputError if that fails."""
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: not a directory that can be made ({error.strerror}). Choose another place for the tokenizer.") from None
+    return path

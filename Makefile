@@ -24,7 +24,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python tools/architecture.py
+	$(BIN)/python tools/architecture.py check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
-"""Check that imports keep to the floors of the house.
+"""Check that imports keep to the floors of the house, and draw the house from its imports.
 
-    python tools/architecture.py        # one line per breach, exit code 1 if there is one
+    python tools/architecture.py check                        # one line per breach, exit code 1 if there is one
+    python tools/architecture.py draw docs/architecture.svg   # after a change of files or imports; a test compares the two
 
 An import goes down or stays in its room; a room is a folder, or files that belong together. Every rule below is a function from parsed
 sources to breaches. Imports count wherever they are written: at the top, inside a function or under TYPE_CHECKING.
@@ -8,15 +9,16 @@ sources to breaches. Imports count wherever they are written: at the top, inside
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("megatron_ext", "pangu", "tools", "tests", "integrations")
@@ -39,10 +41,8 @@ FLOORS = (
 """Rooms by floor, the highest floor first. Rooms that are no folder: the files in SINGLE; programs are the other files of pangu/ itself."""
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 SINGLE = {"pangu/__init__.py": "pangu/__init__", "pangu/files.py": "pangu/files, errors", "pangu/errors.py": "pangu/files, errors"}
-TRAVELS = "pangu/conversion/remote_code/"
-"""Code that is copied beside exported weights and that transformers imports: it stands outside the house."""
-VERBS = "pangu/__main__.py"
-"""The table of verbs, the one program that imports the others."""
+TRAVELS = "pangu/conversion/remote_code/"  # copied beside exported weights for transformers to import: outside the house
+VERBS = "pangu/__main__.py"  # the table of verbs, the one program that imports the others
 SCHEMA = "pangu/config/schema.py"
 ALLOWED = {"pangu/benchmarks/startup.py": "it times deepspeed.initialize from outside, so that the engine needs no clock of its own"}
 """Benchmarks that may import DeepSpeed, each with its reason."""
@@ -51,25 +51,20 @@ LONGER = {
     "pangu/conversion/remote_code/modeling_pangu.py": 470,
     "tests/pangu/conversion/test_fuzz.py": 548,
     "tests/pangu/conversion/test_megatron.py": 543,
-    "tests/pangu/conversion/test_mindspore.py": 490,
+    "tests/pangu/conversion/test_mindspore.py": 489,
     "tests/pangu/conversion/test_transformers.py": 580,
 }
 """Files that were longer when the rule came: they may shrink, not grow, and a file that fits again leaves the table."""
-DOOR_LINES = 15
-"""Longest file of tools/ that may import a program: it only lends the program another name."""
+DOOR_LINES = 15  # of the longest file of tools/ that may import a program: it only lends the program another name
+Sources: TypeAlias = "dict[str, Source]"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A Python file: its text and what the parser makes of it."""
+class Source(NamedTuple):
+    """A Python file: its text, the number of its lines, and what the parser makes of it."""
 
     text: str
+    lines: int
     tree: ast.Module
-
-    @property
-    def lines(self) -> int:
-        """Number of lines."""
-        return self.text.count("\n")
 
 
 class Finding(NamedTuple):
@@ -80,19 +75,15 @@ class Finding(NamedTuple):
     message: str
 
 
-Sources = dict[str, Source]
-
-
 def parse(texts: dict[str, str]) -> Sources:
     """Sources by path from the root, from texts by path."""
-    return {path: Source(text, ast.parse(text, path)) for path, text in sorted(texts.items())}
+    return {path: Source(text, text.count("\n"), ast.parse(text, path)) for path, text in sorted(texts.items())}
 
 
 def read_tree(root: Path) -> Sources:
     """All Python files of the project; those of virtual environments, builds and runs are not its own."""
     paths = [path.relative_to(root) for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in FOLDERS)) for path in root.glob(pattern)]
-    foreign = {"build", "runs", "site-packages"}
-    ours = [path for path in paths if not any(part in foreign or part.startswith(".") for part in path.parts)]
+    ours = [path for path in paths if not any(part in ("build", "runs", "site-packages") or part[0] == "." for part in path.parts)]
     return parse({path.as_posix(): (root / path).read_text(encoding="utf-8") for path in ours})
 
 
@@ -101,9 +92,8 @@ def room_of(path: str) -> str | None:
     folder = PurePosixPath(path).parent
     if path in SINGLE or path.startswith(TRAVELS):
         return SINGLE.get(path)
-    if str(folder) == "pangu":
-        return "programs"
-    return next((room for room in map(str, [folder, *folder.parents]) if room in LEVEL), None)
+    rooms = ["programs"] if str(folder) == "pangu" else map(str, [folder, *folder.parents])
+    return next((room for room in rooms if room in LEVEL), None)
 
 
 def imported_names(path: str, tree: ast.AST) -> Iterator[tuple[int, str, str]]:
@@ -143,9 +133,7 @@ def circles(sources: Sources) -> list[Finding]:
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as error:
-            loop = error.args[1][::-1][:-1]  # each imports the next, and the last imports the first
-            start = loop.index(min(loop))
-            loop = [*loop[start:], *loop[: start + 1]]
+            loop = error.args[1][::-1]  # each imports the next; the first is also the last
             for path, target in pairwise(loop):
                 graph[path].remove(target)
             message = f"imports run in a circle: {' > '.join(loop)}. Move what they share down into a file of its own"
@@ -156,17 +144,16 @@ def circles(sources: Sources) -> list[Finding]:
 
 def upward_imports(sources: Sources) -> list[Finding]:
     """Imports from a lower floor to a higher one, between rooms of one floor or between programs; and folders without a floor."""
-    message = "stands on no floor: give its folder a place in FLOORS of tools/architecture.py"
     house = [path for path in sources if path.startswith(("pangu/", "megatron_ext/", "tools/")) and not path.startswith(TRAVELS)]
-    found = [Finding(path, 1, message) for path in house if room_of(path) is None]
+    found = [Finding(path, 1, "stands on no floor: give its folder a place in FLOORS") for path in house if room_of(path) is None]
     for path, line, target in edges(sources):
         here, there = room_of(path), room_of(target)
-        if here is None or path == target:
+        if here is None:
             continue
         if there is None:
             found.append(Finding(path, line, f"imports {target}, which stands outside the house"))
         elif LEVEL[there] < LEVEL[here]:
-            found.append(Finding(path, line, f"imports {target} of a higher floor ({here} is below {there}): move what they share down"))
+            found.append(Finding(path, line, f"imports {target} of a higher floor, {there} above {here}: move what they share down"))
         elif LEVEL[there] == LEVEL[here] == 0:
             door = here == "tools" and there == "programs" and sources[path].lines <= DOOR_LINES
             if path != VERBS and not door:
@@ -180,7 +167,7 @@ def eager_package(sources: Sources) -> list[Finding]:
     """Imports that run with `import pangu` itself, apart from the standard library's. What only type checkers read does not run."""
     found = []
     for node in sources["pangu/__init__.py"].tree.body if "pangu/__init__.py" in sources else []:
-        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")):
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             continue
         for line, module, _ in imported_names("pangu/__init__.py", node):
             if module.split(".")[0] not in sys.stdlib_module_names:
@@ -202,9 +189,8 @@ def deepspeed_internals(sources: Sources) -> list[Finding]:
         if path.startswith("pangu/benchmarks/") and path in ALLOWED:
             named = [] if named else [Finding(path, 1, "imports no DeepSpeed: take it out of ALLOWED in tools/architecture.py")]
         found += [] if path == "megatron_ext/accelerator.py" else named
-        for node in (each for each in ast.walk(source.tree) if isinstance(each, ast.Attribute)):
-            chain = ast.unparse(node)
-            if f".{chain}".endswith((".engine.engine", ".optimizer.optimizer")) and not chain.startswith("pangu."):
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Attribute) and re.search(r"(?<!^pangu\.)\b(engine|optimizer)\.\1$", chain := ast.unparse(node)):
                 found.append(Finding(path, node.lineno, f"{chain} is DeepSpeed's own object: give pangu/engine/ a method for this"))
     return found
 
@@ -235,29 +221,24 @@ def model_names_below(sources: Sources) -> list[Finding]:
     keys = "|".join(f"{section}\\.{key}" for section in sections for key in sections[section])
     pattern = re.compile(rf"(?<![\w./])(?:(?:{keys})(?![\w(]|\.\w)|(?:{'|'.join(sections)})\.[a-z_]+ ?=(?!=))")
     found = []
-    for path, source in sources.items():
-        if not path.startswith("megatron_ext/"):
-            continue
+    for path, source in ((path, source) for path, source in sources.items() if path.startswith("megatron_ext/")):
         for number, line in enumerate(source.text.split("\n"), start=1):
             if "pangu" in line.lower():
                 found.append(Finding(path, number, "names pangu, a package above: pass in what it needs to know of it"))
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 for match in pattern.finditer(node.value):
-                    message = f"names the configuration key {match[0].rstrip(' =')}: the caller knows the key and adds it to the message"
-                    found.append(Finding(path, node.lineno, message))
+                    found.append(
+                        Finding(path, node.lineno, f"names the configuration key {match[0].rstrip(' =')}: leave that to the caller")
+                    )
     return found
 
 
 def strangers_at_the_top(sources: Sources) -> list[Finding]:
     """Files at the top of pangu/ that are no program: a program has a function `main`."""
-    message = "has no function main, so it is no program: move it into the folder of its subject"
     top = [path for path in sources if room_of(path) == "programs" and path != VERBS]
     mains = {path for path in top for node in sources[path].tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"}
-    return [Finding(path, 1, message) for path in top if path not in mains]
-
-
-RULES = (circles, upward_imports, eager_package, deepspeed_internals, long_files, model_names_below, strangers_at_the_top)
+    return [Finding(path, 1, "is no program, it has no main: move it to the folder of its subject") for path in top if path not in mains]
 
 
 def check(sources: Sources) -> list[Finding]:
@@ -265,13 +246,114 @@ def check(sources: Sources) -> list[Finding]:
     return sorted({finding for rule in RULES for finding in rule(sources)})
 
 
-def main() -> None:
-    """Print the breaches, one line each, and exit with 1 if there is one."""
-    findings = check(read_tree(ROOT))
-    for finding in findings:
-        print(f"{finding.path}:{finding.line}: {finding.message}")
-    sys.exit(1 if findings else 0)
+RULES = (circles, upward_imports, eager_package, deepspeed_internals, long_files, model_names_below, strangers_at_the_top)
+WIDTH, GAP, FLIGHT = 1200, 44, 48
+"""Pixels: the drawing's width, from one box to the next, and from one floor to the next."""
+COLOURS = {"pangu": ("#e9f0fb", "#4a78b5"), "megatron_ext": ("#e6f4ea", "#3c8a55"), "programs": ("#fff2dd", "#d98a1f")}
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"
+ font-family="Helvetica, Arial, 'DejaVu Sans', sans-serif" text-anchor="middle" fill="#1f2937">
+<title>Who imports whom</title>
+<marker id="tip" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z" fill="#5b6472"/></marker>
+<rect width="100%" height="100%" fill="#fff"/>
+<text x="50%" y="32" font-size="18" font-weight="bold">Who imports whom</text>
+<text x="50%" y="54" font-size="12">Imports run down. An arrow that follows from others is left out. The wider a box, the more lines.</text>
+{shapes}
+</svg>
+"""
+
+
+class Box(NamedTuple):
+    """A room in the drawing: upper left corner and size in pixels, and the names of its files, wrapped."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    names: list[str]
+
+
+def room_arrows(sources: Sources) -> list[tuple[str, str]]:
+    """Which room imports which lower one, without the arrows that follow from others."""
+    pairs = {(room_of(path) or "", room_of(target) or "") for path, _, target in edges(sources)}
+    down = {(upper, lower) for upper, lower in pairs if upper in LEVEL and lower in LEVEL and LEVEL[upper] < LEVEL[lower]}
+    reach = set(down)
+    for middle in LEVEL:
+        reach |= {(upper, lower) for upper, here in reach if here == middle for there, lower in reach if there == middle}
+    return sorted(down - {(upper, lower) for upper, middle in reach for there, lower in reach if there == middle})
+
+
+def lay_out(sources: Sources) -> dict[str, Box]:
+    """Boxes by room. Their width grows with the number of lines in steps of 500, so that few changes of the code move a box."""
+    boxes: dict[str, Box] = {}
+    y = 78.0
+    for floor in FLOORS:
+        files = {room: paths for room in floor if (paths := [path for path in sources if room_of(path) == room])}
+        widths = {
+            room: 170 + 9 * len(paths) + 60 * round(sum(sources[path].lines for path in paths) / 500) for room, paths in files.items()
+        }
+        scale = min(1.0, (WIDTH - GAP * (len(files) + 1)) / max(1, sum(widths.values())))
+        x = (WIDTH - scale * sum(widths.values()) - GAP * (len(files) - 1)) / 2
+        names = {room: ", ".join(sorted({PurePosixPath(path).stem for path in paths} - {"__init__"})) for room, paths in files.items()}
+        rows = {room: textwrap.wrap(names[room] or "names of `import pangu`", int((widths[room] * scale - 20) / 6.7)) for room in files}
+        height = 38 + 15 * max(map(len, rows.values()), default=0)
+        for room in files:
+            boxes[room] = Box(x, y, widths[room] * scale, height, rows[room])
+            x += widths[room] * scale + GAP
+        y += height + FLIGHT if files else 0
+    return boxes
+
+
+def draw(sources: Sources) -> str:
+    """The house as SVG: a box a room, floors from top to bottom. Arrows to far floors pass between the boxes of the floors in between."""
+    boxes, arrows, shapes = lay_out(sources), room_arrows(sources), []
+    taken: list[tuple[float, float]] = []
+
+    def port(room: str, others: list[str], other: str) -> float:
+        order = sorted(others, key=lambda each: boxes[each].x + boxes[each].width / 2)
+        return boxes[room].x + boxes[room].width * (order.index(other) + 1) / (len(order) + 1)
+
+    def opening(x: float, end: float, floor: list[Box]) -> float:
+        sides = [x, *(side for box in floor for step in (14, 22, 30) for side in (box.x - step, box.x + box.width + step))]
+        free = [side for side in sides if all(not box.x - 12 < side < box.x + box.width + 12 for box in floor)]
+        apart = [side for side in free if all(y != floor[0].y or abs(side - each) > 7 for each, y in taken)]
+        taken.append((min(apart or free, key=lambda side: abs(side - x) + 0.3 * abs(side - end)), floor[0].y))
+        return taken[-1][0]
+
+    for upper, lower in arrows:
+        x, y = port(upper, [b for a, b in arrows if a == upper], lower), boxes[upper].y + boxes[upper].height
+        end, line = port(lower, [a for a, b in arrows if b == lower], upper), f"M{x:.0f} {y:.0f}"
+        for level in range(LEVEL[upper] + 1, LEVEL[lower] + 1):
+            floor = [boxes[room] for room in FLOORS[level] if room in boxes]
+            if floor:
+                there, top = end if level == LEVEL[lower] else opening(x, end, floor), floor[0].y - 1
+                line += f" V{y:.0f} C{x:.0f} {y + 0.6 * FLIGHT:.0f} {there:.0f} {top - 0.6 * FLIGHT:.0f} {there:.0f} {top:.0f}"
+                x, y = there, top + floor[0].height
+        shapes.append(f'<path d="{line}" fill="none" stroke="#5b6472" stroke-width="1.4" marker-end="url(#tip)"/>')
+    for room, box in boxes.items():
+        fill, edge = COLOURS.get(room.split("/")[0], COLOURS["programs"])
+        middle, size = f"{box.x + box.width / 2:.0f}", f'width="{box.width:.0f}" height="{box.height:.0f}"'
+        shapes.append(f'<rect x="{box.x:.0f}" y="{box.y:.0f}" {size} rx="7" fill="{fill}" stroke="{edge}" stroke-width="1.3"/>')
+        shapes.append(f'<text x="{middle}" y="{box.y + 21:.0f}" font-size="14" font-weight="bold">{room}</text>')
+        rows = [f'<tspan x="{middle}" y="{box.y + 40 + 15 * row:.0f}">{names}</tspan>' for row, names in enumerate(box.names)]
+        shapes.append(f'<text font-size="11" fill="#4b5563">{"".join(rows)}</text>')
+    return SVG.format(width=WIDTH, height=round(max(box.y + box.height for box in boxes.values()) + 24), shapes="\n".join(shapes))
+
+
+def main() -> int:
+    """Check, or draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="print the breaches, one a line")
+    commands.add_parser("draw", help="write the drawing").add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    sources = read_tree(ROOT)
+    if arguments.command == "draw":
+        arguments.output.write_text(draw(sources), encoding="utf-8")
+        return 0
+    found = check(sources)
+    sys.stdout.writelines(f"{path}:{line}: {message}\n" for path, line, message in found)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,7 +30,7 @@ class ParallelContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where parameters are made. `meta` allocates nothing: shapes and counts only."""
     dtype: torch.dtype = torch.float32
-    """Of the parameters. Training makes them in fp32 and leaves 16 bits to the engine."""
+    """Type of the parameters. Training makes them in fp32 and leaves 16 bits to the engine."""
     fill: ParamInit | None = None
     """Where initial weights come from: drawn from a seed (`initialize.random_weights`) or read from files. None leaves them unset."""
     rng: RngStreams = field(default_factory=lambda: RngStreams(None, Coordinates(0, 0, 0)))

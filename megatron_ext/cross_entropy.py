@@ -19,7 +19,7 @@ from megatron_ext.matmul import add_product_, product
 from megatron_ext.topology import Group
 
 CHUNK_LOGITS = 2**24
-"""Of a rank, computed at once: 64 MiB in fp32. More costs memory, fewer make matrix products that are too small for the device."""
+"""Logits of a rank computed at once: 64 MiB in fp32. More costs memory, fewer make matrix products too small for the device."""
 
 
 def cross_entropy_(scores_NV: Tensor, labels_N: Tensor, *, vocab_size: int, group: Group) -> tuple[Tensor, Tensor]:

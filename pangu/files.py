@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from pangu.errors import InputError
 
 MAX_JSON_BYTES = 4 * 2**20
-"""Of a file that is parsed whole: more than ten times the largest index or manifest. Parsed, it may be thirty times as large."""
+"""Largest JSON file that is parsed whole: more than ten times the largest index or manifest. Parsed, it may be thirty times as large."""
 
 
 def open_file(path: Path) -> BinaryIO:

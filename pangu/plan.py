@@ -1,7 +1,7 @@
 """Choose how to lay a model over devices: what fits, how long a step takes, and why.
 
-python tools/plan_parallel.py --model 200B --cluster ds_configs/clusters/ascend910_2048.yaml --global-batch-size 2048
-python tools/plan_parallel.py --model 13B --cluster ds_configs/clusters/a100_80.yaml --devices 64 --write my_13B.yaml
+python tools/plan_parallel.py --model 200B --cluster ascend910_2048 --global-batch-size 2048
+python tools/plan_parallel.py --model 13B --cluster a100_80 --devices 64 --write my_13B.yaml
 python tools/plan_parallel.py calibrate --output profile.yaml      # measure this machine
 python tools/plan_parallel.py measure --model ds_configs/quickstart.yaml --profile profile.yaml      # really run some plans here
 python tools/plan_parallel.py validate --fit runs.csv --cross      # how far predictions can be trusted

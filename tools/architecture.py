@@ -46,6 +46,8 @@ VERBS = "pangu/__main__.py"  # the table of verbs, the one program that imports 
 SCHEMA = "pangu/config/schema.py"
 ALLOWED = {"pangu/benchmarks/startup.py": "it times deepspeed.initialize from outside, so that the engine needs no clock of its own"}
 """Benchmarks that may import DeepSpeed, each with its reason."""
+INTERNAL = re.compile(r"deepspeed\.(?:runtime|pipe|ops|utils|zero|checkpoint)(?:\.\w+)*")
+"""A module inside DeepSpeed, named in a string."""
 MAX_LINES = 450
 LONGER = {
     "pangu/conversion/remote_code/modeling_pangu.py": 470,
@@ -190,6 +192,8 @@ def deepspeed_internals(sources: Sources) -> list[Finding]:
             named = [] if named else [Finding(path, 1, "imports no DeepSpeed: take it out of ALLOWED in tools/architecture.py")]
         found += [] if path == "megatron_ext/accelerator.py" else named
         for node in ast.walk(source.tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and INTERNAL.fullmatch(node.value):
+                found.append(Finding(path, node.lineno, f"names {node.value}: only pangu/engine/ knows DeepSpeed's modules"))
             if isinstance(node, ast.Attribute) and re.search(r"(?<!^pangu\.)\b(engine|optimizer)\.\1$", chain := ast.unparse(node)):
                 found.append(Finding(path, node.lineno, f"{chain} is DeepSpeed's own object: give pangu/engine/ a method for this"))
     return found

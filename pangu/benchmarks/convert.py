@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pangu.config import ModelConfig
     from pangu.conversion.weights import Weights
 
-TOOL = Path(__file__).parents[1] / "convert.py"
+TOOL = ("-m", "pangu.convert")
 STEPS: list[tuple[str, str, list[str]]] = [
     ("mindspore", "huggingface", []),
     ("huggingface", "megatron", ["--tensor-parallel", "8"]),
@@ -140,7 +140,7 @@ def _measure(folder: Path, weights: Weights, repeats: int) -> tuple[dict[str, An
     copies: dict[str, Any] = {}
     for number, (before, after, options) in enumerate(STEPS):
         step, output = f"{before} -> {after}", folder / f"{number}-{after}"
-        command = [sys.executable, TOOL, "--from", before, "--to", after, "--input", given, *options, "--output"]
+        command = [sys.executable, *TOOL, "--from", before, "--to", after, "--input", given, *options, "--output"]
         baseline = _run([*command, folder], refused="exists already")
         copied: list[float] = []
         converted: list[Usage] = []

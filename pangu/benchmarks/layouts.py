@@ -41,7 +41,7 @@ class Comparison:
     name: str
     layouts: tuple[Layout, ...]
     samples: int
-    """Of a step."""
+    """Samples of a step."""
     peers: int = 1
     shorter: int = 1
     """Divides the sequence."""

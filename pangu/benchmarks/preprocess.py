@@ -25,7 +25,7 @@ from pangu.benchmarks.machine import watch
 from pangu.benchmarks.results import of_ways
 from pangu.errors import InputError
 
-TOOL = Path(__file__).parents[1] / "preprocess.py"
+TOOL = ("-m", "pangu.preprocess")
 ONE = "one worker"
 
 
@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _command(corpus: Path, tokenizer: Path, output: Path, workers: int) -> list[str]:
-    words = [sys.executable, TOOL, "--input", corpus, "--tokenizer", tokenizer, "--output", output, "--workers", workers]
+    words = [sys.executable, *TOOL, "--input", corpus, "--tokenizer", tokenizer, "--output", output, "--workers", workers]
     return [str(word) for word in words]
 
 

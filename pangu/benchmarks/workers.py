@@ -36,7 +36,7 @@ class Way:
     """`engine`, what pangu.train runs; or in a plain loop of PyTorch `bare`, our model, or `gpt2` or `megatron`, a peer's."""
     processes: int = 1
     threads: int = 1
-    """Of each process."""
+    """CPU threads of each process."""
     allocator: str = "kept"
     """glibc's, on the CPU: `default`; `kept`, which keeps what was freed as pangu.train does, the engine always; `tuned`, with `TUNED`."""
 
@@ -46,9 +46,9 @@ class Course:
     """What a way's processes did, the warm-up left out."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of each step, the slowest process's."""
+    """Seconds of each step, the slowest process's."""
     losses: list[float] = field(default_factory=list)
-    """Of each step, the warm-up's too."""
+    """Loss of each step, the warm-up's too."""
     peak_bytes: int = 0
     """Most memory of a process: resident on the CPU, imports included; on a device what tensors took of it."""
 

@@ -23,14 +23,10 @@ from megatron_ext.supervision import rendezvous
 from pangu.config import Config
 from pangu.data.batches import Batch, collate
 from pangu.data.sampler import Sampler
+from pangu.engine.preload import MODULES
 from pangu.errors import InputError, one_line
 
 WARM_UP_STEPS = 3
-PRELOAD = (
-    *("deepspeed.pipe", "deepspeed.runtime.pipe.engine", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"),
-    *("torch._dynamo", "torch.utils.checkpoint", "pangu.engine.engine", __name__),
-)
-"""What the fork server imports once for all ranks; a trial would spend most of its time on it."""
 TIMEOUT_SECONDS = 300.0
 
 
@@ -51,7 +47,7 @@ def try_plan(config: Config, world_size: int, steps: int, timeout: float = TIMEO
     os.environ.setdefault("DS_ACCELERATOR", accelerator.name())  # the server need not look for one
     # A device that a fork server has touched cannot be used by its forks.
     context: Any = multiprocessing.get_context("forkserver" if accelerator.name() == "cpu" else "spawn")
-    context.set_forkserver_preload([*PRELOAD])
+    context.set_forkserver_preload([*MODULES, __name__])  # a trial would spend most of its time on these imports
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -22,4 +22,4 @@ def find_cluster(name: Path | str) -> Path:
 def _find(path: Path, folder: Path) -> Path:
     """The path itself if there is such a file, else the file of that name in the folder; what is neither stays, to be refused by name."""
     named = folder / f"{path}.yaml"
-    return named if not path.exists() and path.name == str(path) and named.is_file() else path
+    return named if not path.is_file() and path.name == str(path) and named.is_file() else path

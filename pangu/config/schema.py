@@ -112,7 +112,7 @@ class TrainConfig(Section):
     steps: Count
     """Optimizer steps of the whole run, resumed parts included."""
     seed: CountOrZero = 1234
-    """Of the initial weights, the order of the samples and dropout."""
+    """Seed of the initial weights, the order of the samples and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """`fp32` runs everywhere; `bf16` on recent devices; `fp16`, with a dynamic loss scale, is how the original was trained."""
     sequence_length: DerivedCount = 0
@@ -165,7 +165,7 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Of every parameter but biases and LayerNorm."""
+    """Decoupled weight decay of every parameter but biases and LayerNorm."""
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest global norm of the gradient; 0 = off."""
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_weights(path: Path | str, model: PanguModel, topology: Topology, overrides: Overrides | None = None) -> None:
-    """ParamInit a model, or this rank's tensor-parallel slice of one, from weights of any format. Each rank reads just its slice.
+    """Fill a model, or this rank's tensor-parallel slice of one, from weights of any format. Each rank reads just its slice.
 
     Args:
         path: file or directory.

@@ -354,7 +354,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: tor
 
 
 def file_name(number: int, count: int) -> str:
-    """Of the `number`-th of `count` files of weights, from 1."""
+    """Name of the `number`-th of `count` files of weights, from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 

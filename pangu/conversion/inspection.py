@@ -74,7 +74,7 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
     """What is worth knowing and no problem."""
     values: dict[str, Values] | None = None
-    """Of every tensor that could be read; None: not verified."""
+    """The numbers of every tensor that could be read; None: not verified."""
 
     def as_dict(self, *, tensors: bool = False) -> dict[str, Any]:
         """All of it as plain values, for scripts; `tensors`: with a list of them."""

@@ -200,7 +200,7 @@ def _merged(strategy_path: Path, name: str, layout: Layout, files: Sequence[Path
         return full
 
     def copies() -> Iterator[tuple[str, LazyTensor]]:
-        """Of a tensor that every rank holds whole."""
+        """The layout of a tensor that every rank holds whole."""
         if len(placed) == 1:
             first = placed[0][0]
             yield from ((f"rank {rank}", shards[rank][name].lazy(file, name)) for rank, file in enumerate(files) if rank != first)

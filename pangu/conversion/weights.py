@@ -68,7 +68,7 @@ class WriteOptions:
     """How a writer writes."""
 
     dtype: torch.dtype | None = None
-    """Of the written tensors; None keeps each tensor's own."""
+    """Type of the written tensors; None keeps each tensor's own."""
     tensor_parallel: int = 1
     """Number of files a tensor-parallel format splits the model into."""
 

@@ -68,9 +68,9 @@ class Manifest(BaseModel):
 
     version: Literal[1] = 1
     tokenizer_sha256: str
-    """Of the tokenizer's model file, in hex."""
+    """SHA-256 of the tokenizer's model file, in hexadecimal."""
     vocab_size: NonNegativeInt
-    """Of the tokenizer; every id is below it."""
+    """Vocabulary size of the tokenizer; every id is below it."""
     separator_id: NonNegativeInt
     """The id that ends every document."""
     dtype: str

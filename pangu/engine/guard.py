@@ -42,7 +42,7 @@ class StepGuard:
         self._replicated = torch.zeros((), device=device)  # 0, or NaN once a gradient was not finite
         self._seen, self._limit = 0, math.inf
         self.mean_loss = torch.zeros((), device=device)
-        """Of the global batch, once the step's last micro-batch has passed the gate on this rank."""
+        """Mean loss of the global batch, once the step's last micro-batch has passed the gate on this rank."""
         if groups.tensor.size > 1:
             for parameter in parameters:
                 if spec_of(parameter).split_dim is None:

@@ -40,7 +40,7 @@ from pangu.tensor_files.torch_file import StoredTensor
 from pangu.tensor_files.torch_pickle import Opaque
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-"""Of every parameter: its weights in fp32, and Adam's running means of the gradient and of its square."""
+"""What is kept of every parameter: its weights in fp32, and Adam's running means of the gradient and of its square."""
 
 
 @dataclass(frozen=True)

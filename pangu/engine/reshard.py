@@ -31,13 +31,13 @@ class _Slot:
 
     spec: ShardSpec
     begin: int
-    """Of the piece in the flattened slice of this tensor rank."""
+    """First element of the piece in the flattened slice of this tensor rank."""
     targets: Mapping[str, Tensor]
     """By state, one-dimensional and of equal length."""
 
 
 def load_resharded(engine: TrainingEngine, path: Path) -> None:
-    """ParamInit an engine from a checkpoint of any layout: weights, fp32 weights, Adam's states and step count, loss scale.
+    """Fill an engine from a checkpoint of any layout: weights, fp32 weights, Adam's states and step count, loss scale.
 
     Args:
         engine: fresh, of the model that the checkpoint is of.

@@ -54,7 +54,7 @@ class PanguLM(LM):
         return f"pangu-{self.generator.tokenizer.sha256[:12]}"
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Of (context, continuation): log-likelihood of the continuation in nats, and whether it is what greedy decoding gives."""
+        """For each (context, continuation): log-likelihood of the continuation in nats, and whether it is what greedy decoding gives."""
         scores = self.scorer.score([self.scorer.span(*request.args) for request in requests])
         answers = [(score.log_likelihood, score.is_greedy) for score in scores]
         for request, answer in zip(requests, answers, strict=True):
@@ -62,7 +62,7 @@ class PanguLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Of (text,): log-likelihood of the whole text as a document of its own, in nats, however long it is."""
+        """For each (text,): log-likelihood of the whole text as a document of its own, in nats, however long it is."""
         scores = self.scorer.score([self.scorer.span("", request.args[0]) for request in requests])
         answers = [score.log_likelihood for score in scores]
         for request, answer in zip(requests, answers, strict=True):
@@ -70,7 +70,7 @@ class PanguLM(LM):
         return answers
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Of (context, settings): what continues the context, up to the first of the texts in `until` or the end of the document.
+        """For each (context, settings): what continues the context, up to the first of the texts in `until` or the end of the document.
 
         Greedy unless `do_sample`; then `temperature`, `top_k` and `top_p` count. A context that is too long loses its beginning.
         """

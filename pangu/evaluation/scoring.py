@@ -27,7 +27,7 @@ from megatron_ext.layers import mask_padded_ids
 from pangu.model.model import PanguModel
 
 BATCH_TOKENS = 8192
-"""Of a batch, padding included, where a single text is not longer. Bounds the memory of activations."""
+"""Tokens of a batch, padding included, unless a single text is longer. Bounds the memory of activations."""
 CPU_BATCH_TOKENS = 2048
 """On a CPU, which gains nothing from larger batches and whose caches hold the activations of smaller ones."""
 CHUNKS = 8

@@ -18,7 +18,7 @@ from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_byt
 GIB = 2**30
 
 CHUNK_LOGITS = 2**24
-"""Of a rank, that the loss computes at once (megatron_ext.cross_entropy, which this module does not import: it needs no torch)."""
+"""Logits of a rank that the loss computes at once (megatron_ext.cross_entropy, which this module does not import: it needs no torch)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Platform:
     """What is kept where implementations differ, and what is left free."""
 
     mask_bytes: int = 1
-    """Of an element's dropout mask; 0: an element of the activations' own type, as torch keeps on CPU."""
+    """Bytes of an element's dropout mask; 0: an element of the activations' own type, as torch keeps on CPU."""
     fused_dropout: bool = True
     """Fused attention can drop weights. Where it cannot, torch falls back to one that keeps S x S matrices."""
     softmax_in_fp32: bool = True
@@ -42,7 +42,7 @@ class Platform:
     update_copies: bool = True
     """DeepSpeed updates with fp32 copies of the gradients, made in the optimizer step."""
     reserve_fraction: float = 0.1
-    """Of what is needed: lost to the allocator's fragments, and to temporaries of single kernels."""
+    """Share of what is needed that is lost to the allocator's fragments, and to temporaries of single kernels."""
     reserve_bytes: int = 3 * GIB // 2
     """The device's context and the communication library."""
 

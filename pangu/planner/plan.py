@@ -45,7 +45,7 @@ class Plan:
     interleave: int = 1
     """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule; measured runs of others do."""
     bucket_elements: int = 0
-    """Of the buffers in which DeepSpeed reduces gradients (`bucket_elements`)."""
+    """Elements of the buffers in which DeepSpeed reduces gradients (`bucket_elements`)."""
 
     def micro_batches(self, workload: Workload) -> int:
         """Micro-batches a pipeline computes for one optimizer step."""

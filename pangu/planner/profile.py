@@ -63,17 +63,17 @@ class Profile(Section):
     """What a software stack makes of the figures of a cluster."""
 
     matmul_efficiency: Share = 0.88
-    """Of the peak, by a matrix product with endless sides."""
+    """Share of the peak that is reached by a matrix product with endless sides."""
     matmul_saturation: Positive = 2.2
     """Sides N and K of this many times (peak / memory bandwidth) FLOP/byte each add a product's time once more."""
     token_saturation: Positive = 3.6
     """The same for M, the tokens of a micro-batch."""
     memory_efficiency: Share = 0.73
-    """Of the memory bandwidth, by LayerNorm, dropout, GELU, softmax, residual sums and the optimizer."""
+    """Share of the memory bandwidth that is reached by LayerNorm, dropout, GELU, softmax, residual sums and the optimizer."""
     server_efficiency: Share = 0.53
-    """Of the links inside a server, by collectives."""
+    """Share of the links inside a server that is reached by collectives."""
     network_efficiency: Share = 0.53
-    """Of the network between servers."""
+    """Share of the network between servers that is reached by collectives."""
     unaligned: Annotated[float, Field(ge=1.0)] = 5.2
     """How many times longer a product takes whose inner sides are no multiples of 8 elements: matrix units need 16 bytes."""
     overhead_us: NotNegative = 5.0

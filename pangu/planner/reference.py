@@ -62,7 +62,7 @@ class Run:
     """One for each micro-batch size that the row leaves possible."""
     cluster: Cluster
     seconds: float | None
-    """Of one optimizer step, as measured."""
+    """Seconds of one optimizer step, as measured."""
     out_of_memory: bool
     batch_is_known: bool = True
     """Or else memory can be told, but no time."""

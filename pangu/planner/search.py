@@ -50,7 +50,7 @@ class Candidate:
     stage: int
     """The pipeline stage that needs most memory."""
     memory: MemoryEstimate
-    """Of a rank of that stage."""
+    """Memory of a rank of that stage."""
     time: StepTime
 
 

@@ -72,7 +72,7 @@ class Score:
     pairs: int
     """Pairs of the same family and day whose measured times differ."""
     right: int
-    """Of those, the pairs that are predicted in the right order."""
+    """How many of those pairs are predicted in the right order."""
 
 
 def is_feasible(workload: Workload, plan: Plan, cluster: Cluster, *, fp32_gradients: bool = False) -> bool:

@@ -178,7 +178,7 @@ class StoredTensor:
         return whole.view(self.shape)
 
     def _read_into(self, path: Path, part: Tensor, dimension: int, begin: int) -> None:
-        """ParamInit `part`, the slice of the tensor that starts at `begin` of a dimension."""
+        """Fill `part`, the slice of the tensor that starts at `begin` of a dimension."""
         if part.numel() == 0:
             return
         inner = math.prod(self.shape[dimension + 1 :]) * part.dtype.itemsize

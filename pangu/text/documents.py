@@ -29,12 +29,12 @@ class Block(NamedTuple):
 
     path: Path
     offset: int
-    """Of the first byte in the (uncompressed) file."""
+    """Offset of the first byte in the (uncompressed) file."""
     line: int
     """Number of the first line, from 1."""
     data: bytes
     bytes_read: int
-    """Of the file as it is on disk, up to here."""
+    """Bytes of the file as it is on disk, up to here."""
 
 
 def input_size(path: Path) -> int:

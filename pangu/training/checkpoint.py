@@ -41,7 +41,7 @@ class Progress:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     recent_losses: list[float] = field(default_factory=list)
-    """Of the last good steps, oldest first (pangu.training.anomalies)."""
+    """Losses of the last good steps, oldest first (pangu.training.anomalies)."""
     bad_steps: int = 0
     """Bad steps since the last good one."""
 

@@ -38,11 +38,12 @@ def test_every_verb_has_help(verb: str, tmp_path: Path) -> None:
 
 
 def test_recipes_and_clusters_are_found_by_name_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "13B").mkdir()  # somebody's weights: no recipe
     done = pangu("train", "--dry-run", "--config", "13B", "--world-size", "1024", folder=tmp_path)
     assert done.returncode == 0 and "parameters: 12,800,870,400 in all" in done.stdout, done.stderr
     done = pangu("plan", "--model", "350M", "--cluster", "a100_80", "--devices", "8", folder=tmp_path)
     assert done.returncode == 0 and "8 devices of a100_80" in done.stdout, done.stderr
-    assert not list(tmp_path.iterdir())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["13B"]
 
 
 def test_an_unknown_recipe_is_refused_by_name(tmp_path: Path) -> None:

@@ -4,16 +4,9 @@ import importlib
 
 import torch
 
-for module in (
-    "deepspeed.pipe",
-    "deepspeed.runtime.bf16_optimizer",
-    "deepspeed.runtime.pipe.engine",
-    "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.stage_1_and_2",
-    "torch._dynamo",
-    "torch.utils.checkpoint",
-    "pangu.engine.engine",
-):
+from pangu.engine.preload import MODULES
+
+for module in MODULES:
     importlib.import_module(module)
 
 torch.set_num_threads(1)

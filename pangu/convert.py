@@ -27,6 +27,7 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
+    from pangu.config.activations import ACTIVATIONS
     from pangu.config.sizes import num_parameters
     from pangu.conversion.convert import convert
     from pangu.conversion.formats import FORMATS, detect_format, open_weights
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="files a megatron output is split into")
     parser.add_argument("--dtype", choices=dtypes, help="of the output; default: each tensor's own")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads, for sizes that were never published")
-    parser.add_argument("--gelu", choices=["tanh", "erf", "sigmoid"], help="the activation, where the format implies another")
+    parser.add_argument("--gelu", choices=ACTIVATIONS, help="the activation, where the format implies another")
     parser.add_argument("--final-norm", choices=["before_query", "after_query"], help="where the final LayerNorm sits")
     parser.add_argument(
         "--with-optimizer", action="store_true", help="keep Adam's states and fp32 weights too: from deepspeed or mindspore to mindspore"
@@ -61,7 +62,7 @@ def main() -> None:
     if weights.left_out and not arguments.with_optimizer:
         shown = ", ".join(weights.left_out[:3]) + (", ..." if len(weights.left_out) > 3 else "")
         print(one_line(f"left out, not being weights: {len(weights.left_out)} ({shown})"))
-    if arguments.to in ("mindspore", "npy", "megatron") and model.gelu != "tanh":
+    if not FORMATS[arguments.to].says_gelu and model.gelu != "tanh":
         print(f"note: {arguments.to} cannot say which GELU the model has; give --gelu {model.gelu} whenever the output is read")
     if arguments.with_optimizer:
         weights = weights.with_optimizer()

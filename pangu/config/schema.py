@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from megatron_ext.topology import Order
+from pangu.config.activations import ActivationName
 from pangu.config.presets import MODEL_PRESETS, Preset
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -45,7 +46,7 @@ class ModelConfig(Section):
     """Rows of the position and query embeddings: the longest sequence the model can see."""
     ffn_hidden_size: DerivedCount = 0
     """Width inside the MLP; null = 4 x hidden_size."""
-    gelu: Literal["tanh", "erf", "sigmoid"] = "tanh"
+    gelu: ActivationName = "tanh"
     """`tanh` trained the released weights; other ports run `erf` or `sigmoid` (x·sigmoid(1.702x)). Change it only to match a checkpoint."""
     final_norm: Literal["before_query", "after_query"] = "before_query"
     """Where the final LayerNorm sits: before the query layer in the released 2.6B and 13B, after it in the 200B code."""
@@ -78,6 +79,13 @@ class ModelConfig(Section):
                 raise ValueError(f"model.{key} = {getattr(self, key)} is not below model.vocab_size = {self.vocab_size}.")
         _set(self, "ffn_hidden_size", self.ffn_hidden_size or 4 * self.hidden_size)
         return self
+
+    def identity(self) -> dict[str, int | str]:
+        """The keys, with their values, that decide what weights fit and what logits they give: two configurations that agree in all of
+        them are the same model. Dropout, the attention implementation and the ids of special tokens are not among them.
+        """
+        keys = ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm")
+        return {key: getattr(self, key) for key in keys}
 
 
 class ParallelConfig(Section):

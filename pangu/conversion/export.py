@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from megatron_ext.collectives import all_gather, together
 from megatron_ext.sharding import ShardSpec
@@ -19,6 +15,7 @@ from pangu.config import ModelConfig
 from pangu.conversion import huggingface
 from pangu.errors import InputError
 from pangu.files import publish, remove
+from pangu.tensor_files.lazy_tensor import LazyTensor
 
 
 def write_weights(
@@ -51,57 +48,34 @@ def write_weights(
     _together(prepare, groups.world, path)
     is_writer = groups.data.rank == 0 and groups.tensor.rank == 0
     stage, last = groups.coordinates.pipe, groups.topology.pipeline - 1
-    files: list[tuple[str, dict[str, int]]] = []  # temporary name, bytes of each tensor
-    pending: dict[str, Tensor] = {}
+    writer = huggingface.FileWriter(partial, stage=stage)
     dtype = torch.float32
-
     failure: OSError | None = None
-
-    def flush() -> None:
-        """Write a file. A failure is told at the end: until then the other ranks need this one for gathering."""
-        nonlocal failure
-        if pending and failure is None:
-            name = f"stage{stage:03d}-{len(files):05d}.safetensors"
-            try:
-                save_file(pending, partial / name, metadata={"format": "pt"})
-                os.chmod(partial / name, 0o644)  # safetensors makes files that only their owner can read
-            except (OSError, SafetensorError) as error:
-                failure = OSError(str(error))
-            files.append((name, {key: tensor.nbytes for key, tensor in pending.items()}))
-        pending.clear()
-
     for spec, whole in parameters:
         with whole() as local:
             if stage == last > 0 and spec.name == "transformer.wte.weight":
                 continue  # tied: the first stage writes it
             full = spec.merge([all_gather(local, groups.tensor, spec.split_dim)] if spec.split_dim is not None else [local])
-            if is_writer:
+            if is_writer and failure is None:
                 dtype = full.dtype
-                pending[spec.name] = full.detach().to("cpu", copy=True).contiguous()
-                if sum(tensor.nbytes for tensor in pending.values()) >= huggingface.SHARD_BYTES:
-                    flush()
-    if is_writer:
-        flush()
+                kept = full.detach().to("cpu", copy=True).contiguous()
+                try:
+                    writer.add(spec.name, LazyTensor(tuple(kept.shape), kept.dtype, kept.detach))
+                except OSError as error:
+                    failure = error  # told at the end: until then the other ranks need this one for gathering
 
-    def written() -> list[tuple[str, dict[str, int]]]:
+    def written() -> list[huggingface.WrittenFile]:
         if failure is not None:
             raise failure
-        return files
+        writer.flush()
+        return writer.files
 
-    everything = [entry for entries in _together(written, groups.world, path) for entry in entries]
+    files = [file for files in _together(written, groups.world, path) for file in files]
 
     def commit() -> None:
-        if groups.world.rank != 0:
-            return
-        weight_map: dict[str, str] = {}
-        total_size = sum(sum(sizes.values()) for _, sizes in everything)
-        for number, (temporary, names) in enumerate(everything, start=1):
-            final = huggingface.file_name(number, len(everything))
-            os.rename(partial / temporary, partial / final)
-            weight_map.update(dict.fromkeys(names, final))
-        huggingface.write_index(partial, weight_map, total_size)
-        huggingface.write_companions(partial, config, dtype, tokenizer)
-        publish(partial, path)
+        if groups.world.rank == 0:
+            huggingface.finish(partial, files, config, dtype, tokenizer)
+            publish(partial, path)
 
     _together(commit, groups.world, path)
 

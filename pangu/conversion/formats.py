@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pangu.conversion import deepspeed, huggingface, megatron, mindspore, mindspore_shards, npy
-from pangu.conversion.weights import Overrides, Weights, WriteOptions
+from pangu.conversion.weights import Checksums, Overrides, Weights, WriteOptions
+from pangu.engine.checkpoint_reader import locate
 from pangu.errors import InputError
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: how it is recognised, read and written."""
+    """One format: how it is recognised, read, written and verified. The programs know of a format what is said here."""
 
     detect: Callable[[Path], bool]
     read: Callable[[Path, Overrides], Weights]
@@ -21,15 +22,22 @@ class Format:
     """None: the format is only read."""
     keeps_optimizer: bool = False
     """Whether the writer has a place for the optimizer's states."""
+    says_gelu: bool = True
+    """Whether what is written says which activation the model has; otherwise whoever reads it must know."""
+    checksums: Checksums | None = None
+    locate: Callable[[Path], Path] = lambda path: path
+    """What a path stands for: itself, or the newest of the checkpoints in it."""
 
 
 FORMATS: dict[str, Format] = {
     "huggingface": Format(huggingface.detect, huggingface.read, huggingface.write),
     "megatron": Format(megatron.detect, megatron.read, megatron.write),
-    "deepspeed": Format(deepspeed.detect, deepspeed.read),
-    "mindspore-shards": Format(mindspore_shards.detect, mindspore_shards.read),
-    "mindspore": Format(mindspore.detect, mindspore.read, mindspore.write, keeps_optimizer=True),
-    "npy": Format(npy.detect, npy.read, npy.write),
+    "deepspeed": Format(deepspeed.detect, deepspeed.read, checksums=deepspeed.CHECKSUMS, locate=locate),
+    "mindspore-shards": Format(mindspore_shards.detect, mindspore_shards.read, checksums=mindspore.CHECKSUMS),
+    "mindspore": Format(
+        mindspore.detect, mindspore.read, mindspore.write, keeps_optimizer=True, says_gelu=False, checksums=mindspore.CHECKSUMS
+    ),
+    "npy": Format(npy.detect, npy.read, npy.write, says_gelu=False),
 }
 
 

@@ -11,24 +11,24 @@ kept as buffers, a vocabulary padded by the tool that the copy came from.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from pangu.config import ModelConfig
+from pangu.config.activations import ACTIVATIONS
 from pangu.conversion.weights import VOCAB_SIZE, Overrides, Weights, WriteOptions, complete
 from pangu.errors import InputError
-from pangu.files import load_json, open_file
+from pangu.files import load_json
 from pangu.tensor_files import torch_file
-from pangu.tensor_files.blocks import blocks
 from pangu.tensor_files.lazy_tensor import LazyTensor
+from pangu.tensor_files.safetensors_file import num_bytes, open_tensors, write_tensors
 from pangu.tensor_files.torch_file import StoredTensor
 from pangu.text.tokenizer import EOT, MASK, PAD, SEP, UNK
 
@@ -50,23 +50,9 @@ _FIELDS = {
     "eos_token_id": ("separator_id", 0),
     "pad_token_id": ("pad_id", 0),
 }
-_GELU = {"gelu_new": "tanh", "gelu": "erf", "quick_gelu": "sigmoid", "gelu_pytorch_tanh": "tanh"}
+_GELU = {theirs: ours for ours, activation in ACTIVATIONS.items() for theirs in activation.huggingface}
 _FINAL_NORM = {"before_query": "before_query", "after_query": "after_query"}
 _EPSILON = 1e-5
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _WORDS, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
@@ -236,40 +222,7 @@ def _read_index(index: Path, suffix: str) -> dict[Path, list[str]]:
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickled(path)
-
-
-def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    tensors = {}
-    with _safetensors(path) as file:
-        for name in file.keys():  # noqa: SIM118 (no dictionary)
-            stored = file.get_slice(name)
-            if stored.get_dtype() not in _DTYPES:
-                raise InputError(f"{path}: {name} is {stored.get_dtype()}; expected one of {', '.join(_DTYPES)}.")
-            tensors[name] = _lazy(path, name, tuple(stored.get_shape()), _DTYPES[stored.get_dtype()])
-    return tensors
-
-
-def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    # The file is opened for every read: what stays mapped would count as memory in use.
-    def read() -> Tensor:
-        with _safetensors(path) as file:
-            return file.get_tensor(name)
-
-    def read_part(dim: int, begin: int, end: int) -> Tensor:
-        with _safetensors(path) as file:
-            stored = file.get_slice(name)
-            return stored[(slice(None),) * dim + (slice(begin, end),)]
-
-    return LazyTensor(shape, dtype, read, read_part)
-
-
-def _safetensors(path: Path) -> Any:
-    try:
-        open_file(path).close()  # which waits for no pipe
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}). Copy or convert the weights again.") from None
+    return open_tensors(path) if path.suffix == ".safetensors" else _open_pickled(path)
 
 
 def _open_pickled(path: Path) -> dict[str, LazyTensor]:
@@ -311,60 +264,80 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
         options: `dtype`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, LazyTensor]] = [{}]
-    room = SHARD_BYTES
+    writer = FileWriter(output, dtype=options.dtype)
     for name, tensor in weights.tensors.items():
-        size = _num_bytes(tensor, options.dtype)
-        if shards[-1] and size > room:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = tensor
-        room -= size
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = file_name(number, len(shards))
-        _write_safetensors(output / file, shard, options.dtype)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(_num_bytes(tensor, options.dtype) for tensor in weights.tensors.values())
-    write_index(output, weight_map, total)
-    write_companions(output, weights.config, options.dtype or weights.dtype, weights.tokenizer)
+        writer.add(name, tensor)
+    writer.flush()
+    finish(output, writer.files, weights.config, options.dtype or weights.dtype, weights.tokenizer)
 
 
-def _num_bytes(tensor: LazyTensor, dtype: torch.dtype | None) -> int:
-    return torch.Size(tensor.shape).numel() * (dtype or tensor.dtype).itemsize
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of tensors under the name that it has until the number of files is known."""
+
+    name: str
+    sizes: dict[str, int]
+    """Bytes of each tensor in it."""
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None) -> None:
-    """One file, tensor by tensor; safetensors' own writer wants all of them in memory.
+class FileWriter:
+    """Puts tensors into files of at most `SHARD_BYTES`, or of one tensor that is larger.
 
-    Format: the header's length (u64, little-endian), the header (JSON, padded with spaces to 8 bytes), the tensors one after the other.
+    Args:
+        directory: where the files go.
+        stage: tells apart the files of several writers of one directory.
+        dtype: of the written tensors; None keeps each tensor's own.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + _num_bytes(tensor, dtype)
-        header[name] = {"dtype": _NAMES[dtype or tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            for block in blocks(tensor.read(), dtype or tensor.dtype):
-                file.write(block)
+
+    def __init__(self, directory: Path, *, stage: int = 0, dtype: torch.dtype | None = None) -> None:
+        self.files: list[WrittenFile] = []
+        """What was written."""
+        self._directory, self._stage, self._dtype = directory, stage, dtype
+        self._pending: dict[str, LazyTensor] = {}
+        self._room = SHARD_BYTES
+
+    def add(self, name: str, tensor: LazyTensor) -> None:
+        """Take a tensor, which is read when its file is written: with `flush`, or as soon as another finds no room in it."""
+        size = num_bytes(tensor, self._dtype)
+        if self._pending and size > self._room:
+            self.flush()
+        self._pending[name] = tensor
+        self._room -= size
+
+    def flush(self) -> None:
+        """Write the file that is being filled.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        pending, self._pending, self._room = self._pending, {}, SHARD_BYTES
+        if pending:
+            name = f"stage{self._stage:03d}-{len(self.files):05d}.safetensors"
+            write_tensors(self._directory / name, pending, self._dtype)
+            self.files.append(WrittenFile(name, {key: num_bytes(tensor, self._dtype) for key, tensor in pending.items()}))
 
 
-def file_name(number: int, count: int) -> str:
-    """Name of the `number`-th of `count` files of weights, from 1."""
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
+def finish(directory: Path, files: Sequence[WrittenFile], config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
+    """Make written files a canonical directory: their final names, the index, and what lies beside the tensors.
+
+    Args:
+        directory: holds the files.
+        files: of all writers, in the model's order.
+        config: the model.
+        dtype: what it computes in.
+        tokenizer: a `vocab.model` to copy, or the directory that holds it.
+    """
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        os.rename(directory / file.name, directory / final)
+        weight_map.update(dict.fromkeys(file.sizes, final))
+    total = sum(sum(file.sizes.values()) for file in files)
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_companions(directory, config, dtype, tokenizer)
 
 
-def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Say which file holds which tensor, and how many bytes all have."""
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(directory / INDEX, index)
-
-
-def write_companions(directory: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
+def _write_companions(directory: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
     """What lies beside the tensors: the model's description, the tokenizer, the code for transformers."""
     _write_json(directory / CONFIG, _config_json(config, dtype))
     _write_json(directory / "tokenizer_config.json", _tokenizer_json(config))
@@ -389,7 +362,7 @@ def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         },
         **{theirs: getattr(config, ours) for theirs, (ours, _) in _FIELDS.items()},
         "bos_token_id": config.separator_id,
-        "activation_function": next(theirs for theirs, ours in _GELU.items() if ours == config.gelu),
+        "activation_function": ACTIVATIONS[config.gelu].huggingface[0],
         "final_norm": config.final_norm,
         "layer_norm_epsilon": _EPSILON,
         "embd_pdrop": config.hidden_dropout,

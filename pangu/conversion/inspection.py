@@ -10,11 +10,10 @@ at a time, or two where the source holds a tensor twice.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,10 @@ import torch
 from torch import Tensor
 
 from pangu.config.presets import MODEL_PRESETS
-from pangu.conversion.formats import detect_format, open_weights
-from pangu.conversion.weights import Overrides, Weights
-from pangu.engine.checkpoint_reader import locate
-from pangu.engine.manifest import MANIFEST, file_problem
+from pangu.conversion.formats import FORMATS, detect_format, open_weights
+from pangu.conversion.weights import Advance, Overrides, Weights
 from pangu.errors import InputError
 from pangu.tensor_files.lazy_tensor import LazyTensor
-from pangu.tensor_files.mindspore_file import verify_checksum
-
-Advance = Callable[[int], None]
-"""Is told how many more bytes have been read."""
 
 BLOCK_NUMBERS = 1 << 16
 """Numbers that are turned into float64 at once: few enough to stay in the processor's cache."""
@@ -89,14 +82,13 @@ class Inspection:
 def _describe(weights: Weights) -> dict[str, Any]:
     config = weights.config
     tensors = weights.tensors.values()
-    sizes = ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm")
     same = (
         name for name, preset in MODEL_PRESETS.items() if all(getattr(config, key) == preset[key] for key in ("num_layers", "hidden_size"))
     )
     return {
         "source": weights.source,
         "preset": next(same, None),
-        "model": {key: getattr(config, key) for key in sizes} | {"num_heads": config.num_heads or None},
+        "model": config.identity() | {"num_heads": config.num_heads or None},
         "num_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "num_tensors": len(tensors),
         "dtypes": dict(Counter(dtype_name(tensor.dtype) for tensor in tensors)),
@@ -133,12 +125,13 @@ def look(path: Path, *, format_name: str = "auto", num_heads: int | None = None)
         InputError: if it is of no known format, or damaged so that no list of its tensors can be had.
     """
     name = detect_format(path) if format_name == "auto" else format_name
-    where = locate(path) if name == "deepspeed" else path
+    where = FORMATS[name].locate(path)
     found = Inspection(where, name, None)
     try:
         found.weights = open_weights(path, Overrides(num_heads, problems=found.problems), format_name=name)
     except InputError as error:
-        if name != "deepspeed":
+        checksums = FORMATS[name].checksums
+        if checksums is None or not checksums.without_weights:
             raise
         found.problems.append(str(error))
     found.problems[:] = [problem.removeprefix(f"{where}: ") for problem in found.problems]
@@ -149,7 +142,9 @@ def look(path: Path, *, format_name: str = "auto", num_heads: int | None = None)
 
 def bytes_to_verify(found: Inspection) -> int:
     """What `verify` will read."""
-    total = sum(file.stat().st_size for file in _checked_files(found) if file.is_file())
+    checksums = FORMATS[found.format].checksums
+    checked = checksums.files(found.path, found.weights) if checksums else []
+    total = sum(file.stat().st_size for file in checked if file.is_file())
     for tensor in found.weights.tensors.values() if found.weights else ():
         total += sum(math.prod(one.shape) * one.dtype.itemsize for one in (tensor, *(copy for _, copy in tensor.copies())))
     return total
@@ -163,10 +158,10 @@ def verify(found: Inspection, advance: Advance = lambda read: None) -> None:
     checkpoint's files, optimizer states and random states included, and files that it lacks or has too many.
     """
     found.values = {}
-    if found.format == "deepspeed":
-        found.problems += _manifest_problems(found.path, advance)
-    elif found.format in ("mindspore", "mindspore-shards"):
-        _check_sums(found, advance)
+    if checksums := FORMATS[found.format].checksums:
+        problems, notes = checksums.verify(found.path, checksums.files(found.path, found.weights), advance)
+        found.problems += problems
+        found.notes += notes
     fresh: Counter[str] = Counter()
     for name, tensor in found.weights.tensors.items() if found.weights else ():
         try:
@@ -272,54 +267,3 @@ def _difference(value: Tensor, other: Tensor) -> str:
                 first = [begin + row, *rest]
             count += found
     return f"{count:,} of {value.numel():,} numbers, the first at {first}" if count else ""
-
-
-# --- checksums ---------------------------------------------------------------------------------------------------------------------------
-
-
-def _checked_files(found: Inspection) -> list[Path]:
-    """Files whose bytes have a checksum, or may have."""
-    if found.format == "deepspeed":
-        return [entry for entry in found.path.iterdir() if entry.name != MANIFEST]
-    if found.format in ("mindspore", "mindspore-shards") and found.weights is not None:
-        return [file for file in found.weights.files if file.suffix != ".npy"]
-    return []
-
-
-def _check_sums(found: Inspection, advance: Advance) -> None:
-    files = _checked_files(found)
-    without = 0
-    for file in files:
-        try:
-            if not verify_checksum(file, advance):
-                without += 1
-                advance(file.stat().st_size)
-        except InputError as error:
-            found.problems.append(str(error))
-    if without:
-        found.notes.append(f"no CRC-32 at the end of {without} of {len(files)} files: MindSpore writes one only when it is asked to")
-
-
-def _manifest_problems(folder: Path, advance: Advance) -> Iterator[str]:
-    """What the manifest of a training checkpoint says otherwise than the files do."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        entries = sorted(files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        yield f"it has no readable {MANIFEST}, so it is not a complete checkpoint"
-        return
-    for name, described in entries:
-        known = isinstance(described, dict) and type(described.get("bytes")) is int and type(described.get("sha256")) is str
-        if Path(name).name != name or not known:  # never follow a path out of the directory
-            yield f"{MANIFEST} has no size and hash of a file beside it under {name[:80]!r}"
-            continue
-        try:
-            problem = file_problem(folder / name, described)
-        except OSError as error:
-            problem = f"{name} cannot be read ({error.strerror or error})"
-        if problem:
-            yield problem
-        if (folder / name).is_file():
-            advance((folder / name).stat().st_size)
-    for extra in sorted({entry.name for entry in folder.iterdir()} - files.keys() - {MANIFEST}):
-        yield f"{extra} is not in {MANIFEST}: it was put there after the checkpoint was complete"

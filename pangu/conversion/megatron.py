@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from pangu.config import ModelConfig
+from pangu.config.activations import ACTIVATIONS
 from pangu.conversion.weights import VOCAB_SIZE, Overrides, Weights, WriteOptions, complete, model_specs
 from pangu.errors import InputError
 from pangu.files import open_file
@@ -293,9 +294,11 @@ def _described(root: dict[Any, Any]) -> tuple[dict[str, Any], str]:
     arguments = _arguments(root)
     if not arguments:
         return {}, "with no word about its GELU: tanh, which trained the released weights, unless --gelu says otherwise (the port runs erf)"
-    tanh = any(arguments.get(flag) is True for flag in ("openai_gelu", "bias_gelu_fusion"))
+    on = {flag for flag, value in arguments.items() if value is True}
     heads = arguments.get("num_attention_heads")
-    described: dict[str, Any] = {"gelu": "tanh" if tanh else "erf"}
+    flagged = (name for name, activation in ACTIVATIONS.items() if on.intersection(activation.megatron_flags or ()))
+    usual = next(name for name, activation in ACTIVATIONS.items() if activation.megatron_flags == ())
+    described: dict[str, Any] = {"gelu": next(flagged, usual)}
     if type(heads) is int and heads > 0:
         described["num_heads"] = heads
     return described, f"saved by a training run with {described['gelu']} GELU"
@@ -316,8 +319,8 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
     config, ranks = weights.config, options.tensor_parallel
     if ranks < 1 or config.num_heads % ranks or config.ffn_hidden_size % ranks:
         raise InputError(f"--tensor-parallel {ranks} does not divide the model's {config.num_heads} heads. Choose one that does.")
-    if config.final_norm != "before_query" or config.gelu == "sigmoid":
-        wrong = "final norm after the query layer" if config.final_norm != "before_query" else "sigmoid GELU"
+    if config.final_norm != "before_query" or ACTIVATIONS[config.gelu].megatron_flags is None:
+        wrong = "final norm after the query layer" if config.final_norm != "before_query" else f"{config.gelu} GELU"
         raise InputError(f"{output}: the PyTorch port cannot run a model with {wrong}; its logits would be others. Write huggingface.")
     folder = output / (f"iter_{weights.step:07d}" if weights.step else "release")
     specs, names = model_specs(config), _port_names(config.num_layers)

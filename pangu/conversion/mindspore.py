@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from pangu.config import ModelConfig
-from pangu.conversion.weights import Overrides, States, Weights, WriteOptions, complete
+from pangu.conversion.weights import Advance, Checksums, Overrides, States, Weights, WriteOptions, complete
 from pangu.errors import InputError
 from pangu.tensor_files.lazy_tensor import LazyTensor
-from pangu.tensor_files.mindspore_file import StoredTensor, scan, write_tensor
+from pangu.tensor_files.mindspore_file import StoredTensor, scan, verify_checksum, write_tensor
 
 # Names inside a block, in the order in which MindSpore saves them, and ours.
 _IN_BLOCK = {
@@ -302,3 +302,27 @@ def tokenizer_beside(path: Path) -> Path | None:
     """A `vocab.model` in a directory, or beside a file."""
     candidate = (path if path.is_dir() else path.parent) / "vocab.model"
     return candidate if candidate.is_file() else None
+
+
+# --- checksums ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _files_with_crc(path: Path, weights: Weights | None) -> list[Path]:
+    return [file for file in weights.files if file.suffix != ".npy"] if weights else []
+
+
+def _verify(path: Path, files: list[Path], advance: Advance) -> tuple[list[str], list[str]]:
+    problems, without = [], 0
+    for file in files:
+        try:
+            if not verify_checksum(file, advance):
+                without += 1
+                advance(file.stat().st_size)
+        except InputError as error:
+            problems.append(str(error))
+    note = f"no CRC-32 at the end of {without} of {len(files)} files: MindSpore writes one only when it is asked to"
+    return problems, [note] if without else []
+
+
+CHECKSUMS = Checksums(_files_with_crc, _verify)
+"""The CRC-32 that MindSpore writes at the end of a file."""

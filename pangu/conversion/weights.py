@@ -122,8 +122,9 @@ class Weights:
         Raises:
             InputError: beginning with `where`, naming the key that differs.
         """
-        for key in ("num_layers", "hidden_size", "num_heads", "vocab_size", "max_positions", "ffn_hidden_size", "gelu", "final_norm"):
-            ours, theirs = getattr(model, key), getattr(self.config, key)
+        found = self.config.identity()
+        for key, ours in model.identity().items():
+            theirs = found[key]
             if ours != theirs:
                 raise InputError(f"{where}: its {key} is {theirs}, but model.{key} = {ours}. Set model.{key}={theirs}.")
 
@@ -139,6 +140,22 @@ class Weights:
         local.zero_()  # a rank may hold padding
         if begin < end:
             local.narrow(spec.split_dim, 0, end - begin).copy_(tensor.read_part(spec.split_dim, begin, end))
+
+
+Advance = Callable[[int], None]
+"""Called with the number of bytes that were read since the last call."""
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What a format keeps of its files to tell whether they are as they were written."""
+
+    files: Callable[[Path, Weights | None], list[Path]]
+    """The files that are covered, for a path and the weights that were read from it."""
+    verify: Callable[[Path, list[Path], Advance], tuple[list[str], list[str]]]
+    """Reads those files; returns a line for each problem, and notes."""
+    without_weights: bool = False
+    """Files can be verified where no weights can be read."""
 
 
 def model_specs(config: ModelConfig) -> dict[str, ShardSpec]:

@@ -28,16 +28,18 @@ GROUPS_AHEAD = 4
 
 
 class Batch(NamedTuple):
-    """One micro-batch. There is no attention mask: the model finds the documents by the zeros of `position_ids`."""
+    """One micro-batch, its fields in the order of the model's arguments. There is no attention mask: the model finds the documents by the
+    zeros of `position_ids`.
+    """
 
     tokens: Tensor
     """int64[b, s], the input."""
+    position_ids: Tensor
+    """int64[b, s], 0 at the first token of each document and only there."""
     labels: Tensor
     """int64[b, s], at each place the token that follows."""
     loss_mask: Tensor
     """float32[b, s], 0 where the input is padding."""
-    position_ids: Tensor
-    """int64[b, s], 0 at the first token of each document and only there."""
 
 
 def collate(samples: NDArray[np.int64], *, separator_id: int, pad_id: int, eod_reset: bool) -> Batch:
@@ -61,9 +63,9 @@ def collate(samples: NDArray[np.int64], *, separator_id: int, pad_id: int, eod_r
         position_ids = place - np.maximum.accumulate(np.where(first_of_document, place, 0), axis=1)
     return Batch(
         tokens=torch.from_numpy(tokens.copy()),
+        position_ids=torch.from_numpy(position_ids.astype(np.int64, order="C")),  # pipeline stages send nothing that is not contiguous
         labels=torch.from_numpy(samples[:, 1:].copy()),
         loss_mask=torch.from_numpy((tokens != pad_id).astype(np.float32)),
-        position_ids=torch.from_numpy(position_ids.astype(np.int64, order="C")),  # pipeline stages send nothing that is not contiguous
     )
 
 

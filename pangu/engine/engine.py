@@ -190,7 +190,7 @@ class TrainingEngine:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         device = self.engine.device
-        return tuple(x.to(device, non_blocking=True) for x in (batch.tokens, batch.position_ids, batch.labels, batch.loss_mask))
+        return tuple(x.to(device, non_blocking=True) for x in batch)
 
     def _mean_over_data(self, value: Tensor) -> Tensor:
         return all_reduce(value, self.groups.data) / self.groups.data.size
@@ -234,7 +234,7 @@ class TrainingEngine:
 
 def _pipeline_batch(batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A micro-batch as DeepSpeed's pipeline wants it: inputs of the first stage, labels of the last."""
-    return (batch.tokens, batch.position_ids), (batch.labels, batch.loss_mask)
+    return batch[:2], batch[2:]
 
 
 class _ModelParallelUnit:

@@ -7,13 +7,11 @@ D head dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ext.attention import core_attention, document_mask
@@ -22,6 +20,7 @@ from megatron_ext.layers import ColumnParallelLinear, LayerNorm, RowParallelLine
 from megatron_ext.recompute import recompute
 from megatron_ext.sharding import Init
 from pangu.config import ModelConfig
+from pangu.config.activations import ACTIVATIONS
 
 # How the released code drew its weights: query, key and value with half the deviation of the rest, output projections scaled by depth.
 QKV_STD = 0.01
@@ -43,16 +42,6 @@ class RunOptions:
     """`none`, `selective` or `full` (megatron_ext.recompute)."""
     reset_at_document: bool = False
     """Attention stays inside a document; position ids, which restart at 0, say where one begins. Otherwise attention is causal."""
-
-
-def gelu(variant: str) -> Callable[[Tensor], Tensor]:
-    """The activation of a dialect: `tanh` (the released weights), `erf` (the Megatron port) or `sigmoid` (x·σ(1.702x), mindformers)."""
-    variants: dict[str, Callable[[Tensor], Tensor]] = {
-        "tanh": partial(F.gelu, approximate="tanh"),
-        "erf": F.gelu,
-        "sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
-    }
-    return variants[variant]
 
 
 class Attention(nn.Module):
@@ -112,13 +101,13 @@ class MLP(nn.Module):
         super().__init__()
         hidden, features = config.hidden_size, config.ffn_hidden_size
         self.context = context
-        self.gelu = gelu(config.gelu)
+        self.activation = ACTIVATIONS[config.gelu].build()
         self.c_fc = ColumnParallelLinear(hidden, features, context, name=f"{name}.c_fc", init=Init("normal", WEIGHT_STD))
         self.c_proj = RowParallelLinear(features, hidden, context, name=f"{name}.c_proj", init=_output_init(config))
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Apply the sublayer on the residual stream."""
-        return self.c_proj(self.gelu(self.c_fc(enter_tensor_parallel(x_BSH, self.context))))
+        return self.c_proj(self.activation(self.c_fc(enter_tensor_parallel(x_BSH, self.context))))
 
 
 class Block(nn.Module):

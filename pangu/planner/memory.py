@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from pangu.config.activations import ACTIVATIONS
 from pangu.config.sizes import rank_parameters
 from pangu.planner.plan import Plan, Workload
 from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_bytes
@@ -172,8 +173,8 @@ def layer_activation_bytes(workload: Workload, plan: Plan, platform: Platform, r
     kept = model.hidden_size * ((2 * element + masks) * own + 2 * element * entered)
     if platform.keeps_small:
         kept += 2 * 2 * FP32_BYTES * own  # mean and deviation of each token, twice
-    # Query, key, value and the attention output; input and output of GELU, and σ(1.702x) where it is computed by itself.
-    wide = 3 if model.gelu == "sigmoid" else 2
+    # Query, key, value and the attention output; what the activation keeps.
+    wide = ACTIVATIONS[model.gelu].saved_tensors
     kept += tokens * element * (4 * model.hidden_size + wide * model.ffn_hidden_size) // tensor
     if recompute == "none":
         kept += _score_bytes(workload, plan.micro_batch_size, tensor, platform)

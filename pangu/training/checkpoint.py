@@ -298,9 +298,9 @@ def _model_identity(config: Config) -> dict[str, Any]:
     return {
         "train.precision": config.train.precision,
         "optimizer.name": config.optimizer.name,
-        **{f"model.{key}": getattr(model, key) for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")},
-        **{f"model.{key}": getattr(model, key) for key in ("vocab_size", "max_positions", "gelu", "final_norm")},
-        **{f"model.{key}": getattr(model, key) for key in ("separator_id", "pad_id")},
+        **{f"model.{key}": value for key, value in model.identity().items()},
+        "model.separator_id": model.separator_id,
+        "model.pad_id": model.pad_id,
     }
 
 

@@ -367,7 +367,7 @@ def test_a_directory_that_holds_no_weights_is_refused(missing: str, directory: P
     ("change", "told"),
     [
         ({"model_type": "gpt2"}, '"model_type": "gpt_pangu"'),
-        ({"activation_function": "relu"}, "activation_function = 'relu'; expected one of gelu_new, gelu, quick_gelu"),
+        ({"activation_function": "relu"}, "activation_function = 'relu'; expected one of gelu_new, gelu_pytorch_tanh"),
         ({"activation_function": ["gelu"]}, "activation_function = ['gelu']"),
         ({"hidden_size": "32"}, "hidden_size = '32'"),
         ({"hidden_size": 64}, "hidden_size = 64, but its tensors have 32"),

@@ -7,19 +7,16 @@ The ranks are forks of one server that has torch and DeepSpeed loaded, so that a
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 import statistics
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import numpy as np
 
 from megatron_ext import accelerator
 from megatron_ext.supervision import rendezvous
+from megatron_ext.supervision.local_ranks import RankError, run_ranks
 from pangu.config import Config
 from pangu.data.batches import Batch, collate
 from pangu.data.sampler import Sampler
@@ -46,55 +43,20 @@ def try_plan(config: Config, world_size: int, steps: int, timeout: float = TIMEO
         os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun has it; read when torch is imported
     os.environ.setdefault("DS_ACCELERATOR", accelerator.name())  # the server need not look for one
     # A device that a fork server has touched cannot be used by its forks.
-    context: Any = multiprocessing.get_context("forkserver" if accelerator.name() == "cpu" else "spawn")
-    context.set_forkserver_preload([*MODULES, __name__])  # a trial would spend most of its time on these imports
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes, pipes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-        processes.append(context.Process(target=_rank, args=(config, steps, place, sender), daemon=True))
-        pipes.append(receiver)
-        processes[-1].start()
-        sender.close()
+    start_method = "forkserver" if accelerator.name() == "cpu" else "spawn"
+    preload = [*MODULES, __name__]  # a trial would spend most of its time on these imports
     try:
-        return _first_answer(pipes, timeout)
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
+        answers = run_ranks(_median_seconds, world_size, config, steps, timeout=timeout, preload=preload, start_method=start_method)
+    except RankError as error:
+        if error.rank is None:
+            raise InputError(f"the processes have not finished their steps after {timeout:.0f} s; measure fewer.") from None
+        reason = error.reason or "ended early; lower the sizes if memory ran out"
+        raise InputError(one_line(f"process {error.rank}: {reason}")) from None
+    return float(answers[0])
 
 
-def _first_answer(pipes: list[Connection], timeout: float) -> float:
-    """What the first rank measured; the others' answers are waited for too, so that all have done the same."""
-    deadline, answers = time.monotonic() + timeout, dict[int, float]()
-    while len(answers) < len(pipes):
-        ready: list[Any] = wait([pipe for rank, pipe in enumerate(pipes) if rank not in answers], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise InputError(f"the processes have not finished their steps after {timeout:.0f} s; measure fewer.")
-        for pipe in ready:
-            try:
-                answer = pipe.recv()
-            except EOFError:
-                answer = "ended early; lower the sizes if memory ran out"
-            if isinstance(answer, str):
-                raise InputError(f"process {pipes.index(pipe)}: {answer}")
-            answers[pipes.index(pipe)] = answer
-    return answers[0]
-
-
-def _rank(config: Config, steps: int, place: dict[str, int], answers: Any) -> None:
-    """One process of a trial. It leaves without destructors: one that waits for a failed peer would never end."""
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
-    try:
-        answers.send(statistics.median(step_seconds(config, steps)))
-    except Exception as error:
-        answers.send(one_line(f"{type(error).__name__}: {error}"))
-    answers.close()
-    os._exit(0)
+def _median_seconds(config: Config, steps: int) -> float:
+    return statistics.median(step_seconds(config, steps))
 
 
 def step_seconds(config: Config, steps: int) -> list[float]:

@@ -397,17 +397,17 @@ def test_a_config_that_is_no_object_is_refused(text: str, directory: Path) -> No
 # --- writing, whole or not at all --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", ["save_file", "publish", "_config_json"])
+@pytest.mark.parametrize("fails", ["write_tensors", "publish", "_config_json"])
 def test_a_writer_that_fails_leaves_what_was_there(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 8_000)
     path = tmp_path / "weights"
     calls = []
-    home = huggingface if fails == "_config_json" else export
+    home = export if fails == "publish" else huggingface
     original = getattr(home, fails)
 
     def failing(*arguments: Any, **keywords: Any) -> Any:
         calls.append(fails)
-        if len(calls) == (3 if fails == "save_file" else 1):
+        if len(calls) == (3 if fails == "write_tensors" else 1):
             raise OSError("No space left on device")
         return original(*arguments, **keywords)
 

@@ -1,1 +1,1 @@
-"""How tensors are split over devices: the parallel layers and the collectives under them. They know no model."""
+"""Splits tensors over devices: parallel layers, and the collectives that they use. Independent of any model."""

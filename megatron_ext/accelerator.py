@@ -1,7 +1,7 @@
-"""Which device this process works on and which collective backend it talks through.
+"""The device and the collective backend of this process.
 
-A thin layer over `deepspeed.accelerator`: DeepSpeed already finds CUDA (nccl), Ascend NPU (hccl, through torch_npu) or CPU (gloo), and its
-engine uses the same object, so there is one answer in a process. This is the only file that names a device type or a backend.
+A thin layer over `deepspeed.accelerator`: DeepSpeed already detects CUDA (nccl), Ascend NPU (hccl, through torch_npu) or CPU (gloo), and
+its engine uses the same object, so there is one answer per process. This is the only file that names a device type or a backend.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MALLOC_OPTIONS = ((-4, 0), (-1, -1), (-2, 2**28))
 
 
 def _accelerator() -> Any:  # DeepSpeed's accelerator classes carry no useful types
-    logging.disable(logging.WARNING)  # importing it warns that there is no GPU, once a rank; our log names the device anyway
+    logging.disable(logging.WARNING)  # importing it warns that there is no GPU, once per rank; our log names the device anyway
     try:
         from deepspeed.accelerator import get_accelerator
 
@@ -70,7 +70,7 @@ def device() -> torch.device:
 
 
 def device_name() -> str:
-    """A name a person would recognise, for logs."""
+    """A readable name of the device, for logs."""
     return (
         "CPU"
         if name() == "cpu"
@@ -84,7 +84,7 @@ def _device_model() -> str:
 
 
 def peak_flops() -> float | None:
-    """Peak dense half-precision FLOP/s of the device, or None where it is not known."""
+    """Peak dense half-precision FLOP/s of the device, or None if it is not known."""
     if name() == "cpu":
         return None
     model = _device_model()
@@ -92,7 +92,7 @@ def peak_flops() -> float | None:
 
 
 def supports(precision: str) -> bool:
-    """Whether the device trains in `fp32`, `bf16` or `fp16`, as DeepSpeed will judge it."""
+    """Whether DeepSpeed considers the device able to train in `precision`: `fp32`, `bf16` or `fp16`."""
     if precision == "bf16":
         return bool(_accelerator().is_bf16_supported())
     if precision == "fp16":
@@ -104,17 +104,18 @@ def select_device() -> None:
     """Choose this process's device (LOCAL_RANK) and set DeepSpeed up for it, before torch.distributed is started."""
     accelerator = _accelerator()
     if name() == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls: a minute, and a compiler, for nothing.
+        # DeepSpeed would compile a shared-memory all-reduce that only its inference engine calls, which takes a minute and needs a
+        # compiler.
         from deepspeed.ops import __compatible_ops__
 
         __compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # torch_npu demands this before the process group
     if backend() == "hccl":
-        # HCCL reduces no float64, but DeepSpeed sums ZeRO-3 gradient norms in it wherever the accelerator does not deny having it.
+        # HCCL cannot reduce float64, but DeepSpeed sums ZeRO-3 gradient norms in it unless the accelerator reports that it has none.
         type(accelerator).is_fp64_supported = lambda self: False
-    # DeepSpeed still calls these by their names of before torch 2.13, thousands of times a run; and it broadcasts the tied weight of a
-    # pipeline as a parameter and not as its data, which autograd takes for a mistake.
+    # DeepSpeed still calls these by the names they had before torch 2.13, thousands of times per run; and it broadcasts the tied weight of
+    # a pipeline as a parameter instead of its data, which autograd reports as a mistake.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "c10d::broadcast_: an autograd kernel was not registered", UserWarning)
 
@@ -124,13 +125,13 @@ def start_collectives(connect: Callable[[], dist.Store], rank: int, world_size: 
 
     Args:
         connect: opens a connection to the key-value store that all ranks share.
-        rank: of this process.
+        rank: global rank of this process.
         world_size: number of processes.
         timeout_seconds: a collective fails if some rank has not joined it after this time.
     """
     import deepspeed
 
-    # DeepSpeed knows best how this torch wants to be started on this device, but takes no store; so the store gets an address.
+    # DeepSpeed knows how to start torch.distributed on this device, but does not accept a store; so the store is registered under a URL.
     scheme = f"store-{uuid.uuid4().hex}"
     register_rendezvous_handler(scheme, lambda url, **_: iter([(connect(), rank, world_size)]))
     deepspeed.init_distributed(
@@ -139,7 +140,7 @@ def start_collectives(connect: Callable[[], dist.Store], rank: int, world_size: 
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether an error says that another rank could not be talked to, which is rarely the first thing that went wrong."""
+    """Whether an error says that another rank could not be reached, which is usually a consequence of an earlier failure."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError)
@@ -150,7 +151,7 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def get_rng_state() -> Tensor:
-    """State of the device's default generator (uint8)."""
+    """State of the device's default generator (uint8 tensor)."""
     return _accelerator().get_rng_state() if name() != "cpu" else torch.get_rng_state()
 
 
@@ -163,14 +164,14 @@ def set_rng_state(state: Tensor) -> None:
 
 
 def pin(x: Tensor) -> Tensor:
-    """A copy in page-locked host memory, from where it reaches the device while the host goes on; `x` itself on the CPU."""
+    """A copy of `x` in page-locked host memory, for asynchronous transfer to the device; `x` itself on the CPU."""
     return x if name() == "cpu" else _accelerator().pin_memory(x)
 
 
 def keep_freed_memory() -> None:
-    """On the CPU, let the allocator of glibc keep what this process frees.
+    """On the CPU, make glibc's allocator keep memory that this process frees instead of returning it to the kernel.
 
-    A step asks for the same large pieces as the last one. By default each is mapped anew, and the kernel clears every page of it first.
+    Each step allocates the same large blocks as the last one. By default each is mapped anew, and the kernel clears all its pages first.
     """
     if name() == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in _MALLOC_OPTIONS:
@@ -178,19 +179,19 @@ def keep_freed_memory() -> None:
 
 
 def synchronize() -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all queued work."""
     if name() != "cpu":
         _accelerator().synchronize()
 
 
 def max_memory_allocated() -> int:
-    """Peak bytes of device memory that tensors of this process took; 0 on CPU, where nobody counts."""
+    """Peak bytes of device memory allocated to tensors of this process; 0 on CPU, where it is not counted."""
     return 0 if name() == "cpu" else int(_accelerator().max_memory_allocated())
 
 
 def profiler_activities() -> list[ProfilerActivity]:
-    """What torch's profiler can record here: operators on the host, and on a CUDA device its kernels.
+    """What torch's profiler can record on this device: operators on the host, and on a CUDA device its kernels.
 
-    An NPU's kernels are seen by torch_npu's own profiler alone, which has another interface; there this records the host.
+    An NPU's kernels are visible only to torch_npu's own profiler, which has another interface; there only the host is recorded.
     """
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if name() == "cuda" else [])]

@@ -16,9 +16,9 @@ from megatron_ext.random import RngStreams
 
 
 def document_mask(position_ids_BS: Tensor) -> Tensor:
-    """Which key each query sees where several documents share a sample: those of its own document up to itself.
+    """Attention mask for samples that hold several documents: each query sees the keys of its own document up to itself.
 
-    A document begins where its position is 0, so the position ids alone say where the documents lie.
+    A document begins where the position id is 0, so the position ids alone determine the documents.
 
     Shapes: position_ids_BS int64 -> bool [B, 1, S, S], True where visible.
     """
@@ -51,7 +51,7 @@ def core_attention(
         mask: bool, broadcastable to [B, 1, S, K], True where visible; every query must see a key. None: causal, and then S = K.
         implementation: `eager`, `sdpa` or `npu_fusion`.
         dropout: probability with which an attention weight is dropped; 0 outside training.
-        rng: dropout draws from its tensor-parallel stream, for each rank holds other heads.
+        rng: dropout draws from its tensor-parallel stream, since each rank holds different heads.
 
     Returns:
         [B, N, S, D], dtype of the queries.
@@ -80,7 +80,7 @@ def _npu_fusion(q_BNSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, mask: Tensor | N
     import torch_npu
 
     if mask is None:
-        # sparse_mode 2 is causal and wants one compressed triangle of 2048 × 2048, True where hidden, whatever the real length.
+        # sparse_mode 2 is causal and expects one compressed triangle of 2048 × 2048, True where hidden, whatever the real length.
         hidden, sparse_mode = ~causal_mask(2048, q_BNSD.device), 2
     else:
         hidden, sparse_mode = ~mask, 0

@@ -1,4 +1,4 @@
-"""What a layer must be told about where it runs. It is passed in: no layer asks a global."""
+"""What a layer needs to know about where it runs. It is passed to the layer: no layer reads a global."""
 
 from __future__ import annotations
 
@@ -18,23 +18,20 @@ ParamInit = Callable[[Tensor, ShardSpec, int, int], None]
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where a layer runs and how it is split.
-
-    The default is one process on the CPU.
-    """
+    """Where a layer runs and how it is split. The default is one process on the CPU."""
 
     tensor: Group = SINGLE
     """The tensor-parallel group."""
     sequence_parallel: bool = False
     """Split the sequence over the tensor-parallel group between the parallel linear layers (arXiv 2205.05198, section 4.2.2)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where parameters are made. `meta` allocates nothing: shapes and counts only."""
+    """Device on which parameters are created. `meta` allocates nothing: only shapes and counts."""
     dtype: torch.dtype = torch.float32
-    """Type of the parameters. Training makes them in fp32 and leaves 16 bits to the engine."""
+    """Dtype of the parameters. Training creates them in fp32 and leaves the conversion to 16 bits to the engine."""
     fill: ParamInit | None = None
-    """Where initial weights come from: drawn from a seed (`initialize.random_weights`) or read from files. None leaves them unset."""
+    """Writes the initial weights: drawn from a seed (`initialize.random_weights`) or read from files. None leaves them uninitialized."""
     rng: RngStreams = field(default_factory=lambda: RngStreams(None, Coordinates(0, 0, 0)))
-    """The streams that drive dropout."""
+    """The random streams that dropout draws from."""
 
     @property
     def splits_sequence(self) -> bool:

@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary that is split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3).
 
-Each rank sees only its own V/T logits; two small all-reduces replace gathering N × V of them. In training they are never there at once: the
-output projection and its loss go through the tokens in chunks (`linear_cross_entropy`).
+Each rank holds only its own V/T logits; two small all-reduces replace gathering N × V of them. In training they never exist all at once:
+the output projection and its loss process the tokens in chunks (`linear_cross_entropy`).
 
 Shapes: N tokens, C tokens of a chunk, H hidden, V vocabulary, T tensor-parallel size.
 """
@@ -19,11 +19,11 @@ from megatron_ext.matmul import add_product_, product
 from megatron_ext.topology import Group
 
 CHUNK_LOGITS = 2**24
-"""Logits of a rank computed at once: 64 MiB in fp32. More costs memory, fewer make matrix products too small for the device."""
+"""Number of logits that a rank computes at once: 64 MiB in fp32. More take memory, fewer make matrix products too small for the device."""
 
 
 def cross_entropy_(scores_NV: Tensor, labels_N: Tensor, *, vocab_size: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each label, and its gradient in place of the scores.
+    """Negative log-likelihood of each label, and its gradient, which overwrites the scores.
 
     Args:
         scores_NV: fp32, this rank's slice of the logits, [N, V/T]; overwritten. Ids at or beyond `vocab_size` are padding: they get no
@@ -55,14 +55,14 @@ def cross_entropy_(scores_NV: Tensor, labels_N: Tensor, *, vocab_size: int, grou
 def linear_cross_entropy(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask_N: Tensor, *, vocab_size: int, group: Group) -> Tensor:
     """Mean negative log-likelihood of the labels under softmax(x Wᵀ), over the tokens whose mask is 1; 0 where there is none.
 
-    The gradients are computed with the loss, chunk by chunk, and wait for the backward pass, which only scales them: with the logits at
-    hand that costs two matrix products, later it would cost three. They can be used once.
+    The gradients are computed with the loss, chunk by chunk, and kept for the backward pass, which only scales them: while the logits are
+    in memory that takes two matrix products, later it would take three. The backward pass can run only once.
 
     In 16 bits the logits of a chunk become fp32, softmax - one-hot is cast back, not yet divided by the number of tokens or multiplied by a
     loss scale, and the weight's gradient is summed over the chunks in fp32.
 
     Args:
-        x_NH: what the output layer reads, the same on every rank, any float dtype.
+        x_NH: input of the output layer, the same on every rank, any float dtype.
         weight_VH: this rank's rows of the output layer, [V/T, H], same dtype.
         labels_N: ids in the whole vocabulary, int64, the same on every rank.
         mask_N: 0 or 1.
@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_CH, mask_C1 = x_NH[part], mask_N[part].to(x_NH.dtype).unsqueeze(-1)
             loss_C, gradient_CV = _losses(x_CH, weight_VH, labels_N[part], vocab_size, group)
             gradient_CV = gradient_CV.to(x_NH.dtype)
-            # The mask is applied where it is cheap, to H numbers a token instead of V.
+            # The mask is applied where it is cheap, to H numbers per token instead of V.
             torch.mul(product(gradient_CV, weight_VH), mask_C1, out=grad_x_NH[part])
             add_product_(grad_weight_HV, (x_CH * mask_C1).t(), gradient_CV, is_first=part.start == 0)
             return loss_C
@@ -124,12 +124,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy: its gradients were asked for a second time, and they were scaled in place the first time."
+                "linear_cross_entropy: backward ran a second time, but its gradients were scaled in place the first time. "
+                "Call backward once per loss."
             )
         (grad_x_NH, grad_weight_HV), ctx.gradients = ctx.gradients, None
         scale = grad.float() / ctx.count
         dtype = grad_x_NH.dtype
-        # In fp32, where no loss scale can overflow, and in place: nobody else has them.
+        # In fp32, where no loss scale can overflow, and in place: nothing else refers to them.
         grad_x_NH = grad_x_NH.float().mul_(scale).to(dtype)
         grad_weight_VH = torch.empty_like(grad_weight_HV.t(), dtype=dtype, memory_format=torch.contiguous_format)
         grad_weight_VH.copy_(grad_weight_HV.mul_(scale).t())

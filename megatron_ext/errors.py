@@ -1,4 +1,4 @@
-"""Errors that whoever starts a run can mend, and ranks in words."""
+"""Errors that the person who starts a run can fix, and a readable form of lists of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class LayoutError(ValueError):
 
 
 class RendezvousError(Exception):
-    """Ranks that do not come together: one is missing, an address or a port is wrong, or two believe to be the same."""
+    """The ranks of a run did not find each other: one is missing, an address or a port is wrong, or two have the same number."""
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """Initial weights that are the same under every split, drawn in bounded memory.
 
-A full matrix is thought of as tiles of at most 1024 × 1024. Each tile has its own counter-based generator (Philox) keyed by the run's seed,
-the parameter's canonical name and the tile's place, so a rank draws just the tiles that its slice touches and no rank ever holds more than
+A full matrix is divided into tiles of at most 1024 × 1024. Each tile has its own counter-based generator (Philox) keyed by the run's seed,
+the parameter's canonical name and the tile's position, so a rank draws only the tiles that its slice overlaps and never holds more than
 its slice and one tile. A padded row starts at zero, and the weights of the real rows do not depend on the padding.
 """
 
@@ -21,10 +21,10 @@ TILE = 1024
 
 
 def make_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter:
-    """This rank's slice of a parameter with its initial values, carrying its spec.
+    """Create this rank's slice of a parameter with its initial values; `parameter.shard_spec` is its spec.
 
-    Values are written when the parameter is made, not later: under ZeRO-3 each module is sharded as soon as it is constructed.
-    Also sets `model_parallel`, by which DeepSpeed's gradient norm knows that the ranks hold different slices and not copies.
+    Values are written when the parameter is created, not later: under ZeRO-3 each module is sharded as soon as it is constructed.
+    Also sets `parameter.model_parallel`, which tells DeepSpeed's gradient norm that the ranks hold different slices and not copies.
     """
     local = torch.empty(spec.local_shape(context.tensor.size), dtype=context.dtype, device=context.device)
     if context.fill is not None and not local.is_meta:
@@ -37,7 +37,10 @@ def make_parameter(spec: ShardSpec, context: ParallelContext) -> nn.Parameter:
 
 
 def random_weights(seed: int) -> ParamInit:
-    """Initial weights drawn from a seed, whatever the split, dtype and device of the slice."""
+    """An initializer that draws the same weights from a seed under every tensor-parallel split, on every device.
+
+    They are drawn in fp32 and cast to the dtype of the slice.
+    """
 
     def fill(local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
         if spec.init.kind == "constant":

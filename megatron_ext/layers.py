@@ -1,7 +1,7 @@
-"""Linear layers and embeddings split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3), and what joins them.
+"""Linear layers and embeddings split over the tensor-parallel group (Megatron-LM, arXiv 1909.08053, section 3).
 
 Shapes: B micro-batch, S sequence, I input features, O output features, V vocabulary, H hidden, T tensor-parallel size.
-Under sequence parallelism (arXiv 2205.05198, section 4.2.2) the activations between the parallel layers hold S/T positions a rank; the
+Under sequence parallelism (arXiv 2205.05198, section 4.2.2) the activations between the parallel layers hold S/T positions per rank; the
 column-parallel layers gather them and the row-parallel layers scatter them again.
 """
 
@@ -27,9 +27,11 @@ SEQUENCE_DIM = 1
 
 
 def enter_tensor_parallel(x_BSH: Tensor, context: ParallelContext) -> Tensor:
-    """Hand the residual stream to column-parallel layers: the whole sequence on every rank, its gradient summed over the ranks.
+    """Pass the residual stream to column-parallel layers: the whole sequence on every rank, its gradient summed over the ranks.
 
     Layers that share an input (query, key and value) share this one communication.
+
+    Shapes: x_BSH, S/T positions under sequence parallelism -> x_BSH, whole sequence.
     """
     if context.sequence_parallel:
         return gather_from_sequence_parallel(x_BSH, context.tensor, SEQUENCE_DIM)
@@ -37,22 +39,28 @@ def enter_tensor_parallel(x_BSH: Tensor, context: ParallelContext) -> Tensor:
 
 
 def leave_tensor_parallel(partial_BSH: Tensor, context: ParallelContext) -> Tensor:
-    """Sum the ranks' parts into the residual stream; under sequence parallelism each rank keeps its positions."""
+    """Sum the ranks' partial results into the residual stream.
+
+    Shapes: partial_BSH, whole sequence -> x_BSH; S/T positions under sequence parallelism.
+    """
     if context.sequence_parallel:
         return reduce_scatter_to_sequence_parallel(partial_BSH, context.tensor, SEQUENCE_DIM)
     return reduce_from_tensor_parallel(partial_BSH, context.tensor)
 
 
 def split_sequence(x_BSH: Tensor, context: ParallelContext) -> Tensor:
-    """Put a tensor that every rank holds whole on the residual stream."""
+    """Bring a tensor that every rank holds whole into the layout of the residual stream.
+
+    Shapes: x_BSH, whole sequence -> x_BSH; S/T positions under sequence parallelism.
+    """
     return scatter_to_sequence_parallel(x_BSH, context.tensor, SEQUENCE_DIM) if context.sequence_parallel else x_BSH
 
 
 def replicated(parameter: Tensor, context: ParallelContext) -> Tensor:
-    """A replicated parameter as the residual stream uses it.
+    """Prepare a replicated parameter for use on the residual stream: under sequence parallelism its gradient is summed over the group.
 
-    Under sequence parallelism each rank applies it to other positions, so its gradient is a sum over the group. Summing it here, inside
-    autograd, holds under every engine and ZeRO stage; a hook added to DeepSpeed's own reduction would not.
+    There each rank applies the parameter to different positions. Summing inside autograd works under every engine and ZeRO stage; a hook
+    in DeepSpeed's own reduction would not.
     """
     return copy_to_tensor_parallel(parameter, context.tensor) if context.sequence_parallel else parameter
 
@@ -60,19 +68,19 @@ def replicated(parameter: Tensor, context: ParallelContext) -> Tensor:
 class ColumnParallelLinear(nn.Module):
     """y = x Wᵀ + b with W split along its output features; each rank computes O/T of them.
 
-    The caller hands in an input that has entered tensor parallelism (`enter_tensor_parallel`).
+    The caller passes its input through `enter_tensor_parallel` first.
 
     Args:
         in_features: I.
-        out_features: O of the full weight; must divide by T.
+        out_features: O of the full weight; must be divisible by T.
         context: where the layer runs.
         name: canonical name; `.weight` and `.bias` are appended.
-        init: of the weight. The bias starts at zero.
+        init: distribution of the weight's initial values. The bias starts at zero.
 
     Shapes: x_BSI, whole sequence -> y_BSO with O/T features.
 
     Raises:
-        LayoutError: if `out_features` does not divide by T.
+        LayoutError: if `out_features` is not divisible by T.
     """
 
     def __init__(self, in_features: int, out_features: int, context: ParallelContext, *, name: str, init: Init) -> None:
@@ -86,21 +94,21 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x Wᵀ + b with W split along its input features; the ranks' partial products are summed and leave tensor parallelism.
+    """y = x Wᵀ + b with W split along its input features; the ranks' partial products are summed (`leave_tensor_parallel`).
 
     The bias is added once, after the sum, so that T ranks do not add it T times.
 
     Args:
-        in_features: I of the full weight; must divide by T.
+        in_features: I of the full weight; must be divisible by T.
         out_features: O.
         context: where the layer runs.
         name: canonical name; `.weight` and `.bias` are appended.
-        init: of the weight. The bias starts at zero.
+        init: distribution of the weight's initial values. The bias starts at zero.
 
     Shapes: x_BSI with I/T features -> y_BSO; S/T positions under sequence parallelism.
 
     Raises:
-        LayoutError: if `in_features` does not divide by T.
+        LayoutError: if `in_features` is not divisible by T.
     """
 
     def __init__(self, in_features: int, out_features: int, context: ParallelContext, *, name: str, init: Init) -> None:
@@ -117,15 +125,15 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """A table of V rows split over the ranks; also the output layer that is tied to it.
 
-    A vocabulary that does not divide by T is padded with zero rows that are never looked up; who reads logits masks them
-    (`cross_entropy_`, `gather_logits`).
+    A vocabulary that is not divisible by T is padded with zero rows that are never looked up. Their logits are not masked here: whoever
+    reads the logits must mask them (`mask_padded_ids`, `cross_entropy_`).
 
     Args:
         num_embeddings: V, without padding.
         embedding_dim: H.
         context: where the layer runs.
         name: canonical name; `.weight` is appended.
-        init: of the table.
+        init: distribution of the table's initial values.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, context: ParallelContext, *, name: str, init: Init) -> None:
@@ -150,7 +158,7 @@ class VocabParallelEmbedding(nn.Module):
         return leave_tensor_parallel(partial_BSH, self.context)
 
     def logits(self, x_BSH: Tensor) -> Tensor:
-        """Scores of this rank's ids: the output layer tied to the table, without a bias.
+        """Logits of this rank's ids: the output layer tied to the table, without a bias.
 
         Shapes: x_BSH on the residual stream -> logits_BSV, whole sequence, this rank's V/T ids (padding included, not masked).
         """
@@ -177,9 +185,9 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table that every rank holds whole (positions).
+    """A table that every rank holds whole, such as position embeddings.
 
-    Looked up for the whole sequence on every rank, so that its gradient needs no sum of its own.
+    Every rank looks up the whole sequence, so that the gradient need not be summed over the ranks.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, context: ParallelContext, *, name: str, init: Init) -> None:
@@ -192,7 +200,13 @@ class Embedding(nn.Module):
 
 
 def mask_padded_ids(logits_V: Tensor, first_id: int, vocab_size: int) -> Tensor:
-    """Logits whose last dimension holds ids from `first_id` on, with -inf for the ids that only pad the vocabulary."""
+    """Set the logits of ids at or beyond `vocab_size`, which only pad the vocabulary, to -inf.
+
+    Args:
+        logits_V: any shape and float dtype; the last dimension holds consecutive ids.
+        first_id: the id at index 0 of the last dimension.
+        vocab_size: number of ids without padding.
+    """
     num_real = max(0, min(logits_V.shape[-1], vocab_size - first_id))
     if num_real == logits_V.shape[-1]:
         return logits_V

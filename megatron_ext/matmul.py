@@ -1,7 +1,7 @@
-"""Matrix products by the faster of the two libraries that torch has on a CPU.
+"""Matrix products with the faster of the two libraries that torch has on a CPU.
 
-On processors that are not Intel's, MKL does without the wide instructions that oneDNN uses there, but torch asks oneDNN only in 16 bits.
-Everywhere else, and where a product is so small that its call costs more than itself, these are torch's own products.
+On processors that are not Intel's, MKL does not use the wide instructions that oneDNN uses there, but torch calls oneDNN only in 16 bits.
+Everywhere else, and for products so small that the call costs more than the product, these are torch's own products.
 
 Shapes: M, K, N sides of a product; I input features, O output features.
 """
@@ -29,12 +29,12 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """a b, without gradients."""
+    """a b, without gradients: [M, K] and [K, N] -> [M, N]."""
     return _product(a_MK, b_KN) if _is_faster(a_MK, a_MK.numel() * b_KN.shape[1]) else torch.mm(a_MK, b_KN)
 
 
 def add_product_(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, is_first: bool) -> None:
-    """sum += a b, in place; the first product is written over whatever is there. The sum may be of a wider type than the product."""
+    """sum += a b, in place; with `is_first`, sum = a b. The sum may have a wider dtype than the factors."""
     if sum_MN.dtype == a_MK.dtype and not _is_faster(a_MK, a_MK.numel() * b_KN.shape[1]):
         sum_MN.addmm_(a_MK, b_KN, beta=0 if is_first else 1)
     elif is_first:
@@ -44,13 +44,13 @@ def add_product_(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, is_first: bool) 
 
 
 def has_onednn() -> bool:
-    """Whether this torch has oneDNN, and the processor is an x86: the kind where it was measured."""
+    """Whether this torch has oneDNN and the processor is an x86, the architecture on which it was measured."""
     return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
 @lru_cache(maxsize=1)
 def has_fast_onednn() -> bool:
-    """Whether it beats MKL with matrices that are not packed beforehand: on processors of another vendor than Intel."""
+    """Whether oneDNN is faster than MKL for matrices that are not packed beforehand: on x86 processors that are not Intel's."""
     if not has_onednn():
         return False
     try:

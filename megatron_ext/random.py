@@ -1,8 +1,9 @@
 """Random-number streams of one rank.
 
-Two streams drive dropout. What every tensor-parallel rank holds whole (the residual stream without sequence parallelism) must be masked
-alike on all of them: that is the default generator, seeded by (seed, pipe, data). What each rank holds a part of (attention heads, a
-slice of the sequence) must be masked independently: that is the tensor-parallel stream, seeded by (seed, pipe, data, tensor).
+Dropout draws from two streams. Activations that every tensor-parallel rank holds whole (the residual stream without sequence parallelism)
+must get the same mask on all of them: it is drawn from the default generator, seeded by (seed, pipe, data). Activations that are split over
+the ranks (attention heads, a slice of the sequence) must be masked independently: these masks are drawn from the tensor-parallel stream,
+seeded by (seed, pipe, data, tensor).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_ext.topology import Coordinates
 
 
 def derive_seed(*words: int) -> int:
-    """A 63-bit seed that depends on every word and collides with no simple sum of them."""
+    """A 63-bit seed derived by hashing from all the words, their order included."""
     return int(np.random.SeedSequence((*words, len(words))).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -28,7 +29,7 @@ class RngStreams:
     """The default stream and the tensor-parallel stream of one rank.
 
     Args:
-        seed: the run's seed. None seeds nothing: both streams start where the default generator stands, for models that drop nothing.
+        seed: the run's seed. None: both streams start from the default generator's current state, for models without dropout.
         place: this rank's coordinates.
     """
 
@@ -52,7 +53,7 @@ class RngStreams:
             accelerator.set_rng_state(default)
 
     def dropout(self, x: Tensor, p: float, *, training: bool, split: bool) -> Tensor:
-        """Dropout of `x` with probability `p`; `split` says that each tensor-parallel rank holds another part of `x`."""
+        """Apply dropout with probability `p` to `x`. `split`: whether each tensor-parallel rank holds a different part of `x`."""
         if not training or p == 0.0:
             return x
         if not split:
@@ -61,7 +62,7 @@ class RngStreams:
             return F.dropout(x, p)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """States of every generator of this rank (uint8 tensors)."""
+        """States of all generators of this rank (uint8 tensors)."""
         return {
             "cpu": torch.get_rng_state(),
             "device": accelerator.get_rng_state(),
@@ -76,7 +77,7 @@ class RngStreams:
 
     @contextmanager
     def replay(self, state: Tensor) -> Iterator[None]:
-        """Draw the tensor-parallel stream from an earlier `state` inside the block, and leave the stream as it was found."""
+        """Rewind the tensor-parallel stream to an earlier `state` inside the block, and restore it afterwards."""
         kept = self._tensor_parallel_state
         self._tensor_parallel_state = state
         try:
@@ -86,5 +87,5 @@ class RngStreams:
 
     @property
     def tensor_parallel_state(self) -> Tensor:
-        """The tensor-parallel stream's state now. Streams replace their state and never write into it, so a reference is a snapshot."""
+        """The tensor-parallel stream's current state (uint8). States are replaced and never modified, so a reference is a snapshot."""
         return self._tensor_parallel_state

@@ -15,10 +15,10 @@ MODES = ("none", "selective", "full")
 
 
 def recompute(function: Callable[..., Tensor], *args: object, rng: RngStreams) -> Tensor:
-    """`function(*args)`, keeping only its arguments for the backward pass.
+    """Compute `function(*args)`, keeping only its arguments for the backward pass, which calls the function again.
 
-    torch restores the default generator by itself. It does not know the tensor-parallel stream: without restoring that one too, dropout
-    masks differ in the second run and the gradients are silently wrong.
+    torch restores the default generator by itself, but not the tensor-parallel stream: without restoring that one too, dropout masks would
+    differ in the second run and the gradients would be silently wrong.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

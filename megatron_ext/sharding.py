@@ -17,7 +17,7 @@ from megatron_ext.errors import LayoutError
 
 @dataclass(frozen=True)
 class Init:
-    """The distribution a parameter starts from: constant, normal, or normal cut off at two standard deviations."""
+    """Distribution of a parameter's initial values: constant, normal, or normal truncated at two standard deviations."""
 
     kind: Literal["constant", "normal", "truncated_normal"]
     value: float
@@ -41,15 +41,16 @@ class ShardSpec:
     """Shape in the full model, without padding."""
     init: Init
     split_dim: int | None = None
-    """The dimension that is cut into equal consecutive slices, one a tensor-parallel rank; None: every rank holds all of it."""
+    """The dimension that is cut into equal consecutive slices, one per tensor-parallel rank; None: every rank holds the whole parameter."""
     padded: bool = False
-    """Whether `split_dim` is padded with zeros where it does not divide (the vocabulary). What is not padded must divide."""
+    """Whether `split_dim` is padded with zeros to a multiple of the tensor-parallel size, as for the vocabulary; without, it must be
+    one."""
 
     def padded_shape(self, size: int) -> tuple[int, ...]:
         """Shape of the full tensor as `size` ranks hold it.
 
         Raises:
-            LayoutError: if the split dimension does not divide and may not be padded.
+            LayoutError: if the split dimension is not divisible by `size` and may not be padded.
         """
         if self.split_dim is None or self.shape[self.split_dim] % size == 0:
             return self.shape
@@ -69,11 +70,11 @@ class ShardSpec:
         return tuple(shape)
 
     def offset(self, rank: int, size: int) -> int:
-        """Where rank's slice begins along `split_dim`; 0 for a replicated parameter."""
+        """Index along `split_dim` at which the rank's slice begins; 0 for a replicated parameter."""
         return 0 if self.split_dim is None else rank * self.local_shape(size)[self.split_dim]
 
     def slice(self, full: Tensor, rank: int, size: int) -> Tensor:
-        """Rank's slice of the full tensor: a view where nothing is padded, else a copy with zeros in the padding."""
+        """The rank's slice of the full tensor: a view where nothing is padded, else a copy with zeros in the padding."""
         self.check(full.shape)
         if self.split_dim is None:
             return full
@@ -100,18 +101,18 @@ class ShardSpec:
         """Refuse a full tensor of another shape.
 
         Raises:
-            LayoutError: naming the parameter, what was found and what was expected.
+            LayoutError: names the parameter, the shape found and the shape expected.
         """
         if tuple(shape) != self.shape:
             raise LayoutError(f"{self.name}: found shape {list(shape)}, expected {list(self.shape)}.")
 
 
 def spec_of(parameter: nn.Parameter) -> ShardSpec:
-    """The spec a parameter of ours carries."""
+    """The spec of a parameter that `make_parameter` created."""
     return parameter.shard_spec  # type: ignore[attr-defined]
 
 
 def canonical_parameters(module: nn.Module) -> Iterator[tuple[ShardSpec, nn.Parameter]]:
-    """Each parameter of a model or a pipeline stage once, with its spec: the order is the module's own."""
+    """Yield each parameter of a model or a pipeline stage once, with its spec, in the order of `module.parameters()`."""
     for parameter in module.parameters():
         yield spec_of(parameter), parameter

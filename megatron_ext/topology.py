@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 Order = Literal["tp-dp-pp", "tp-pp-dp"]
-"""The axes of the grid of processes, the one that varies fastest first."""
+"""The axes of the grid of processes, the fastest-varying first."""
 
 
 class Coordinates(NamedTuple):
-    """A rank's place on each axis."""
+    """A rank's coordinate on each axis."""
 
     pipe: int
     data: int
@@ -66,7 +66,11 @@ class Topology:
         return self.tensor * self.pipeline * self.data
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The place of a global rank on each axis."""
+        """The coordinates of a global rank.
+
+        Raises:
+            LayoutError: if the rank is outside the topology.
+        """
         if not 0 <= rank < self.world_size:
             raise LayoutError(f"rank {rank} is outside a layout of {self.world_size} processes.")
         rest, tensor = divmod(rank, self.tensor)
@@ -77,22 +81,22 @@ class Topology:
         return Coordinates(pipe=pipe, data=data, tensor=tensor)
 
     def rank(self, pipe: int, data: int, tensor: int) -> int:
-        """The global rank at a place."""
+        """The global rank at the given coordinates."""
         outer = pipe * self.data + data if self.order == "tp-dp-pp" else data * self.pipeline + pipe
         return outer * self.tensor + tensor
 
     def tensor_groups(self) -> list[tuple[int, ...]]:
-        """Global ranks of every tensor-parallel group: they hold slices of the same layers and see the same samples."""
+        """Global ranks of every tensor-parallel group: its ranks hold slices of the same layers and read the same samples."""
         return [tuple(self.rank(pipe, data, t) for t in range(self.tensor)) for pipe in range(self.pipeline) for data in range(self.data)]
 
     def data_groups(self) -> list[tuple[int, ...]]:
-        """Global ranks of every data-parallel group: they hold equal parameters and see different samples."""
+        """Global ranks of every data-parallel group: its ranks hold equal parameters and read different samples."""
         return [
             tuple(self.rank(pipe, d, tensor) for d in range(self.data)) for pipe in range(self.pipeline) for tensor in range(self.tensor)
         ]
 
     def pipeline_groups(self) -> list[tuple[int, ...]]:
-        """Global ranks of every pipeline: the stages that together hold one copy of one tensor slice."""
+        """Global ranks of every pipeline, in stage order: together they hold all layers of one tensor-parallel slice."""
         return [
             tuple(self.rank(p, data, tensor) for p in range(self.pipeline)) for data in range(self.data) for tensor in range(self.tensor)
         ]
@@ -102,8 +106,8 @@ class Topology:
 class Group:
     """A process group as one rank sees it.
 
-    `handle` is None in a world of one process, and for groups that are only counted with (a dry run). Collectives over a group of one do
-    nothing.
+    `ranks` are global ranks, `rank` is this rank's index among them. `handle` is None in a world of one process, and for groups that exist
+    only as arithmetic (a dry run). Collectives over a group of one do nothing.
     """
 
     ranks: tuple[int, ...]
@@ -117,14 +121,14 @@ class Group:
 
 
 SINGLE = Group(ranks=(0,), rank=0)
-"""The group of a process that works alone."""
+"""The group of a process that runs alone."""
 
 
 @dataclass(frozen=True)
 class Groups:
     """This rank's group along each axis of the topology.
 
-    `world` is for control: barriers, votes and small Python objects of all ranks, over a backend that serves host memory.
+    `world` is for control: barriers, votes and small Python objects of all ranks, over a backend for host memory.
     """
 
     topology: Topology
@@ -136,7 +140,7 @@ class Groups:
 
     @classmethod
     def from_topology(cls, topology: Topology, rank: int) -> Groups:
-        """The groups of `rank` by arithmetic alone: no process is needed, and none can be talked to."""
+        """The groups of `rank` by arithmetic alone: no process is needed, and no collective can run over them."""
         place = topology.coordinates(rank)
 
         def mine(groups: list[tuple[int, ...]]) -> Group:
@@ -157,8 +161,9 @@ class Groups:
         """Create the process groups. Every rank must call this, after torch.distributed has been initialised.
 
         Args:
-            topology: of the world that runs.
-            timeout_seconds: after so long a collective that some rank has not joined fails. New groups do not inherit the world's.
+            topology: the grid of all running processes.
+            timeout_seconds: a collective fails if some rank has not joined it after this time. New groups do not inherit the world's
+                timeout.
 
         Raises:
             LayoutError: if the number of running processes is not the topology's.

@@ -18,19 +18,19 @@ from megatron_ext.errors import RendezvousError, ranks_in_words
 
 
 class Rendezvous(NamedTuple):
-    """The ranks of one start, which have found each other, and the key-value store in which they did."""
+    """The result of a successful rendezvous: the ranks of one start, and the key-value store that they share."""
 
     rank: int
     connect: Callable[[], dist.Store]
-    """Opens a connection to the key-value store of this start. A call that waits on one blocks no other connection."""
+    """Opens a new connection to the key-value store of this start. A call that waits on one connection does not block the others."""
     members: tuple[tuple[str, int], ...]
     """Host and process id of each rank."""
     server: str
-    """Who serves the store, in words."""
+    """The process that serves the store: `the launcher` or `rank 0`."""
 
 
 def initialize(timeout_seconds: float, join_seconds: float | None = None) -> Rendezvous:
-    """Choose the device of this process, meet the other ranks and start torch.distributed on the device's backend.
+    """Choose the device of this process, wait for the other ranks and start torch.distributed on the device's backend.
 
     Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process started without a launcher becomes
     a world of one.
@@ -40,7 +40,7 @@ def initialize(timeout_seconds: float, join_seconds: float | None = None) -> Ren
         join_seconds: how long to wait for the other ranks to start; None = `timeout_seconds`.
 
     Raises:
-        RendezvousError: if the ranks do not come together. It names those that are missing or do not fit.
+        RendezvousError: if the ranks do not find each other. It names those that are missing or were started with other settings.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -56,15 +56,18 @@ def initialize(timeout_seconds: float, join_seconds: float | None = None) -> Ren
 def find_ranks(seconds: float) -> Rendezvous:
     """Find the other ranks of this start at MASTER_ADDR:MASTER_PORT.
 
-    torchrun keeps one store for all its restarts, and there a new rank would read a dead one's address and wait for an answer that never
-    comes. No number in the environment tells the starts apart on several nodes (TORCHELASTIC_RESTART_COUNT counts each node's own
-    failures). So rank 0 numbers them, and publishes a list of those who came to this one; a rank that is not in the list looks for a newer
-    start.
+    torchrun keeps one store for all its restarts, in which a new rank would read the address of a dead one and wait for an answer that
+    never comes. No environment variable tells the starts apart on several nodes (TORCHELASTIC_RESTART_COUNT counts each node's own
+    failures). Therefore rank 0 numbers the starts and publishes a list of the members of each; a rank that is not in the list looks for a
+    newer start.
+
+    Raises:
+        RendezvousError: if the ranks do not find each other within `seconds`.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not 0 <= rank < world_size:
-        raise RendezvousError(f"RANK={rank} does not lie below WORLD_SIZE={world_size}. Start the ranks with 0 to {world_size - 1}.")
+        raise RendezvousError(f"RANK={rank} is not below WORLD_SIZE={world_size}. Start the ranks with 0 to {world_size - 1}.")
     launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = _open_store(address, port, seconds, rank, serve=rank == 0 and not launcher_serves)
     deadline = time.monotonic() + seconds
@@ -80,13 +83,13 @@ def find_ranks(seconds: float) -> Rendezvous:
                 break
             if time.monotonic() > deadline:
                 raise RendezvousError(
-                    f"rank {rank} was not let in at {address}:{port} within {seconds:.0f} s: no rank 0 has started, or another process "
+                    f"rank {rank} was not admitted at {address}:{port} within {seconds:.0f} s: no rank 0 has started, or another process "
                     f"is rank {rank} too. {_CHECK_START}"
                 )
             time.sleep(0.1 + world_size / 2000)  # one process answers all ranks
             start = store.add("starts", 0)
     except dist.DistNetworkError:
-        raise RendezvousError(f"rank {rank}: rank 0 left before all ranks had joined; its own error says why.") from None
+        raise RendezvousError(f"rank {rank}: rank 0 ended before all ranks had joined; its own error says why.") from None
 
     def connect() -> dist.Store:
         own = dist.TCPStore(store.host, store.port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
@@ -107,11 +110,11 @@ def _open_store(address: str, port: int, seconds: float, rank: int, *, serve: bo
             return dist.TCPStore(address, port, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
         except dist.DistNetworkError as error:
             raise RendezvousError(
-                f"MASTER_PORT={port} on {socket.gethostname()} cannot be opened, another program has it or it is not allowed: "
+                f"MASTER_PORT={port} on {socket.gethostname()} cannot be opened; another program uses it or it is not allowed: "
                 f"{str(error).splitlines()[0]} Choose another: --master_port (deepspeed), --master-port (torchrun)."
             ) from None
     deadline = time.monotonic() + seconds
-    while True:  # torch would try too, but tell each failure in a page of C++ frames
+    while True:  # torch would retry too, but print a page of C++ frames for each failure
         try:
             socket.create_connection((address, port), timeout=5).close()
             return dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -119,13 +122,13 @@ def _open_store(address: str, port: int, seconds: float, rank: int, *, serve: bo
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"rank {rank}: nobody answers at MASTER_ADDR={address} MASTER_PORT={port} within {seconds:.0f} s ({error}): rank 0, "
-                    f"which serves there, has not started, or the address is wrong. {_CHECK_START}"
+                    f"which listens there, has not started, or the address is wrong. {_CHECK_START}"
                 ) from None
             time.sleep(0.2)
 
 
 def _await_members(store: dist.Store, start: int, world_size: int, deadline: float, seconds: float) -> list[list[Any]]:
-    """What every rank says of itself, in rank order: host, process id, WORLD_SIZE and a mark of its own."""
+    """What every rank publishes about itself, in rank order: host, process id, WORLD_SIZE and a unique id."""
     missing = list(range(world_size))
     while missing := [rank for rank in missing if not store.check([f"start-{start}/{rank}"])]:
         if time.monotonic() > deadline:

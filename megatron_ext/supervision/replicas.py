@@ -1,8 +1,8 @@
-"""What must be equal on several ranks is equal, bit for bit, or it is named with the ranks that differ.
+"""Compares tensors that must be equal on several ranks, bit for bit, and names those that differ and their ranks.
 
-A replica that has drifted or was corrupted trains on without a word: gradients are averaged, losses look right. Here each rank reduces what
-it holds to one 64-bit number a tensor, on its device; one small collective a group compares the numbers. Only where they differ are names,
-ranks and values exchanged.
+A replica that has drifted or was corrupted trains on silently: gradients are averaged, losses look right. Here each rank reduces every
+tensor to one 64-bit number on its device, and one small collective per group compares the numbers. Names, ranks and values are exchanged
+only where they differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_ext.collectives import all_gather_objects, all_reduce_max
 from megatron_ext.sharding import ShardSpec
 from megatron_ext.topology import Group, Groups
 
-_CHUNK = 1 << 20  # elements digested at once: 8 MiB a temporary
+_CHUNK = 1 << 20  # elements digested at once: 8 MiB per temporary
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; 2**64 over the golden ratio, as int64 holds it
 _NOTHING = -(1 << 63)
 _MOST_NAMED = 5
@@ -26,21 +26,24 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class Replica:
-    """A tensor that all ranks of a group must hold alike. Each of them lists the same names for the group, in the same order."""
+    """A tensor that must be equal on all ranks of a group. Each of them lists the same names for the group, in the same order."""
 
     name: str
     group: Group
     tensor: Tensor | None
-    """None: this rank of the group holds none (a stage between those that share an embedding)."""
+    """This rank's copy; None if it holds none, such as a pipeline stage between those that share an embedding."""
 
 
 def parameter_replicas(parameters: Iterable[tuple[ShardSpec, Tensor]], groups: Groups, shared: Iterable[str] = ()) -> list[Replica]:
-    """Every parameter over the data-parallel group, what is not split over the tensor-parallel group, `shared` ones over the pipeline.
+    """The replicas among a model's parameters.
+
+    Every parameter is compared over the data-parallel group, parameters that are not split also over the tensor-parallel group, and
+    `shared` ones over the pipeline.
 
     Args:
-        parameters: what this rank holds.
-        groups: of this rank.
-        shared: names that several stages hold, the same list on every rank.
+        parameters: the parameters that this rank holds, with their specs.
+        groups: this rank's process groups.
+        shared: names of the parameters that several pipeline stages hold, the same list on every rank.
     """
     held = list(parameters)
     by_name = {spec.name: tensor for spec, tensor in held}
@@ -52,10 +55,10 @@ def parameter_replicas(parameters: Iterable[tuple[ShardSpec, Tensor]], groups: G
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A number (int64 scalar on the tensor's device) of the bits of every element and their places.
+    """A checksum (int64 scalar on the tensor's device) of the bits and the positions of all elements.
 
-    It is the sum of the elements' bits, taken as integers, times a pseudo-random odd weight for each place, modulo 2**64: one changed
-    element always changes it; swapped elements, signs, -0.0 and the bits of a NaN count; the order of summation does not.
+    It is the sum of the elements' bits, taken as integers, times a pseudo-random odd weight per position, modulo 2**64. One changed
+    element always changes it; swapped elements, signs, -0.0 and the bits of a NaN count too. The order of summation does not matter.
     """
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
@@ -68,13 +71,13 @@ def digest(tensor: Tensor) -> Tensor:
 
 
 def find_differences(replicas: Sequence[Replica], world: Group, device: torch.device) -> list[str]:
-    """One line for each replica that is not equal on all its ranks: name, ranks, largest difference. The same on every rank.
+    """Find the replicas that are not equal on all their ranks: one line for each with name, ranks and largest difference.
 
-    Every rank of the world must call this. Only int64 and float32 maxima are asked of a backend.
+    Every rank of the world must call this, and every rank gets the same lines. The only collectives needed are maxima of int64 and float32.
 
     Args:
-        replicas: of this rank; groups in the same order on all ranks of a group.
-        world: all ranks, over a backend that serves host memory.
+        replicas: this rank's replicas; groups in the same order on all ranks of a group.
+        world: all ranks, over a backend for host memory.
         device: where the other groups' collectives run.
     """
     replicas = [replica for replica in replicas if replica.group.size > 1]
@@ -101,7 +104,7 @@ def _unequal(digests: Sequence[Tensor | None], group: Group, world: Group, devic
 
 
 def _explain(replicas: Sequence[Replica], digests: dict[int, int], world: Group, device: torch.device) -> list[str]:
-    """The slow path: who holds what, by name."""
+    """The slow path: exchange names and digests, and describe what differs."""
     mine = [(r.name, r.group.ranks, None if r.tensor is None else (digests[id(r.tensor)], tuple(r.tensor.shape))) for r in replicas]
     holders: dict[tuple[str, tuple[int, ...]], dict[int, tuple[int, tuple[int, ...]]]] = {}
     for rank, entries in enumerate(all_gather_objects(mine, world)):
@@ -146,8 +149,8 @@ def _spread(replica: Replica, shape: tuple[int, ...], world: Group, device: torc
 
 
 def _line(name: str, values: dict[int, int], spread: float | None) -> str:
-    """`name: rank 1 differs from ranks 0, 2, 3 (largest difference 1.0e-03)`: the fewer differ from the more."""
-    # Of equally many, those with the lowest rank are taken for right.
+    """`name: rank 1 differs from ranks 0, 2, 3 (largest difference 1.0e-03)`: the minority differs from the majority."""
+    # If two values are held by equally many ranks, that of the lowest rank is assumed to be right.
     right = Counter(values[rank] for rank in sorted(values)).most_common(1)[0][0]
     wrong_ranks = sorted(rank for rank in values if values[rank] != right)
     right_ranks = sorted(rank for rank in values if values[rank] == right)

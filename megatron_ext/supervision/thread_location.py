@@ -1,4 +1,4 @@
-"""Where in the program a thread is, in words: waiting for other ranks, waiting for the device, or at work."""
+"""Describes where in the program a thread is: waiting for other ranks, waiting for the device, or computing."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ _OWN = frozenset({"megatron_ext"})
 
 @dataclass(frozen=True)
 class ThreadLocation:
-    """What a thread does at this moment."""
+    """What a thread is doing at one moment."""
 
     waiting: bool
-    """For other ranks or for the device, as far as the source tells."""
+    """Whether it waits for other ranks or for the device, as far as its source line tells."""
     text: str
-    """`all_reduce(tensor group 2,3)`, or `__getitem__ (data/indexed.py:210)`."""
+    """The call, for error messages: `all_reduce(tensor group 2,3)`, or `__getitem__ (data/indexed.py:210)`."""
 
 
 def thread_location(frame: FrameType | None, groups: Groups, packages: Set[str] = _OWN) -> ThreadLocation:
     """Where a thread is, from its innermost frame.
 
-    Nothing in the program is wrapped for this: a collective is a frame in torch.distributed or `collectives`, its group a local variable.
+    No function of the program is wrapped for this: a collective is recognised as a frame in torch.distributed or `collectives`, and its
+    group is read from a local variable of the frame.
 
     Args:
-        frame: the innermost; None for a thread without Python code.
-        groups: of this rank, to name a collective's group.
-        packages: whose functions are worth naming: this one and the program's.
+        frame: the innermost frame; None for a thread without Python code.
+        groups: this rank's process groups, to name the group of a collective.
+        packages: names of the packages whose functions are named: this one and the program's.
     """
     frames = []
     while frame is not None:
@@ -71,7 +72,7 @@ def _communicates(frame: FrameType) -> bool:
 
 
 def _partner(call: FrameType, groups: Groups) -> str:
-    """Whom a collective talks to, from its local variables."""
+    """The group or rank that a collective communicates with, from its local variables."""
     variables = call.f_locals
     for function, variable, word in (("recv", "src", "from"), ("send", "dst", "to")):
         if call.f_code.co_name.endswith(function) and isinstance(variables.get(variable), int):
@@ -85,7 +86,7 @@ def _partner(call: FrameType, groups: Groups) -> str:
 
 
 def _short(frame: FrameType, packages: Set[str]) -> str:
-    """A source file from its package on; other files by name alone."""
+    """A source file's path from its package on; the name alone for files of other packages."""
     parts = PurePath(frame.f_code.co_filename).parts
     begins = [index for index, part in enumerate(parts[:-1]) if part in {*packages, "deepspeed", "torch"}]
     return "/".join(parts[begins[-1] if begins else -1 :])

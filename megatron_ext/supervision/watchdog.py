@@ -1,15 +1,15 @@
-"""A hang becomes an explained exit, and the first failure of any rank ends them all.
+"""Ends a run that hangs, with an explanation, and ends all ranks at the first failure of any of them.
 
-Every rank says when it gets on (`beat`), which costs one assignment. A rank that sees no rank get on for the time-out raises the alarm in
-the key-value store in which the ranks found each other. A thread of every other rank waits there: it writes down its stacks, says where its
-main thread is, and ends its process when the rank that raised the alarm has told what it learned. A rank that does not answer is stopped or
-dead.
+Every rank reports progress (`beat`), which costs one assignment. A rank that sees no progress on any rank for the timeout raises an alarm
+in the key-value store that the ranks share since their rendezvous. A thread of every other rank waits there: it writes its stacks to a
+file, reports where its main thread is, and ends its process once the rank that raised the alarm has printed what it learned. A rank that
+does not answer is stopped or dead.
 
-An exception goes the same way: the first rank that raises the alarm prints it, and the others end with a line about that rank instead of
-with the errors it caused in them.
+An exception is handled the same way: the first rank that raises the alarm prints it, and the others end with a line about that rank instead
+of with the errors that it caused in them.
 
-No thread here calls the device or a collective: they work whatever the main thread waits for. Each call to the store is made on a thread
-that may be lost, for the process that serves it may be the one that hangs.
+No thread here calls the device or a collective, so that they work whatever the main thread waits for. Each call to the store is made on a
+thread that may never return, since the process that serves the store may be the one that hangs.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ HANG_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: starting again may help."""
 
 _ANSWER_SECONDS = 5.0
-"""How long to wait for what the other ranks have to say. Only those that cannot answer take so long."""
+"""Seconds to wait for the answers of the other ranks. Only ranks that cannot answer take that long."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Watchdog:
-    """Watches this rank and the others from the moment it is entered.
+    """A context manager that watches this rank and the others.
 
-    Leaving it with an exception ends the process, which would else wait for the others in some destructor. A process that works alone
-    leaves as usual.
+    Leaving it with an exception ends the process, which would otherwise wait for the others in some destructor. A process that runs alone
+    leaves it normally.
 
     Args:
-        rendezvous: of the ranks of this run.
-        groups: for the names of groups and ranks; only counted with.
-        folder: stacks go to `hang-STEP/` in it. Every rank must reach it.
-        timeout_seconds: how long the main thread may take from one beat to the next; 0 = for ever.
-        explain: turns an exception into what is printed and the exit code. Where that is 1, a fault, the other ranks say why they stop.
-        packages: whose functions are named when a thread is looked for: this package and the program's.
+        rendezvous: how the ranks of this run found each other.
+        groups: this rank's process groups, used only to name groups and ranks.
+        folder: stacks are written to `hang-STEP/` in it. Every rank must be able to write there.
+        timeout_seconds: how long the main thread may take from one beat to the next; 0 = forever.
+        explain: turns an exception into the text to print and the exit code. If that is 1, a fault, the other ranks print why they stop.
+        packages: names of the packages whose functions are named in the location of a thread: this package and the program's.
     """
 
     def __init__(
@@ -94,16 +94,16 @@ class Watchdog:
             thread.join(_ANSWER_SECONDS)
 
     def beat(self, step: int, what: str) -> None:
-        """Say that this rank gets on.
+        """Report progress of this rank.
 
         Args:
-            step: the optimizer step being made.
-            what: what comes next, such as `training` or `saving`.
+            step: the optimizer step being executed.
+            what: what the rank does next, such as `training` or `saving`.
         """
         self._beat = (step, what)
 
     def each(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Pass items through; every one that is taken counts as getting on."""
+        """Pass items through; each one that is taken is reported as progress."""
         for item in items:
             step, what = self._beat
             self._beat = (step, what)  # another object, which is all that counts
@@ -118,13 +118,13 @@ class Watchdog:
         seen, before = self._beat, time.monotonic()
         while not self._ended.wait(min(1.0, period)):
             beat, now = self._beat, time.monotonic()
-            # Time in which this thread did not run either does not count: somebody had stopped the whole run for a while.
+            # Time in which this thread did not run either does not count: the whole run was suspended for a while.
             idle += min(now - before, 2 * min(1.0, period))
             if beat is not seen:
                 idle, unsaid = 0.0, True
             seen, before = beat, now
             if store is not None and now >= due:
-                # A rank may wait for long while another gets on, when weights are written for instance. So every rank's beats count.
+                # A rank may wait for long while another makes progress, such as when weights are written. So every rank's beats count.
                 counted = _within(_ANSWER_SECONDS, partial(store.add, "beats", int(unsaid)))
                 if counted is None:
                     store, before = None, time.monotonic()
@@ -172,7 +172,7 @@ class Watchdog:
         _leave(code)
 
     def _yield_to_listener(self, code: int) -> NoReturn:
-        """Another rank was first: the listener hears of it and ends this process, unless the store is lost meanwhile."""
+        """Another rank was first: the listener is notified and ends this process, unless the store is lost in the meantime."""
         self._telling.release()
         time.sleep(2 * _ANSWER_SECONDS)
         _leave(code)
@@ -217,7 +217,7 @@ class Watchdog:
         return _within(_ANSWER_SECONDS, attempt)
 
     def _collect_answers(self) -> dict[int, dict[str, Any]]:
-        """What the other ranks say of their places, by rank."""
+        """Where the other ranks report their main threads to be, by rank."""
         answers: dict[int, dict[str, Any]] = {}
 
         def collect() -> None:
@@ -233,7 +233,7 @@ class Watchdog:
         return dict(answers)
 
     def _silent(self, answers: Mapping[int, Any], *, store_answers: bool) -> dict[int, str]:
-        """The ranks that did not answer, and what they are. Without the store only the rank that serves it is known to be silent."""
+        """The ranks that did not answer, and their states. Without the store only the rank that serves it is known to be silent."""
         if store_answers:
             silent = [rank for rank in self._groups.world.ranks if rank != self._rendezvous.rank and rank not in answers]
         else:
@@ -273,7 +273,7 @@ class Watchdog:
             print(f"{text} ({error})", file=sys.stderr)
 
     def _claim(self, step: int) -> bool:
-        """Without a store: whether this rank is the first that wants to tell."""
+        """Without a store: whether this rank is the first that wants to print the explanation."""
         try:
             (self._stacks(step) / f"told-{self._rendezvous.members[0][1]}").touch(exist_ok=False)  # once in this start
         except FileExistsError:
@@ -286,16 +286,16 @@ class Watchdog:
 def tell_hang(
     places: Mapping[int, ThreadLocation], silent: Mapping[int, str], label: Callable[[int], str], what: str, seconds: float
 ) -> str:
-    """One sentence about a hang: who is to blame, as far as can be known, and where the others wait.
+    """One sentence about a hang: which ranks are to blame, as far as can be known, and where the others wait.
 
-    To blame are the ranks that do not answer; else those that are at work while others wait; else nobody in particular.
+    Blamed are the ranks that do not answer; otherwise those that compute while others wait; otherwise no rank in particular.
 
     Args:
-        places: of the ranks that answered.
-        silent: what the others are, such as `is stopped`.
-        label: a rank with its coordinates.
+        places: where the ranks that answered are.
+        silent: states of the ranks that did not answer, such as `is stopped`.
+        label: formats a rank with its coordinates.
         what: the step and what was being done.
-        seconds: for how long.
+        seconds: how long there was no progress.
     """
     at_work = [rank for rank, place in places.items() if not place.waiting]
     blamed = sorted(silent) or (at_work if len(at_work) < len(places) else []) or sorted(places)
@@ -322,7 +322,7 @@ def _label(rank: int, groups: Groups) -> str:
 
 
 def _state(host: str, process: int) -> str:
-    """What a process is that does not answer."""
+    """The state of a process that does not answer, for error messages."""
     if host != socket.gethostname():
         return f"does not answer: stopped, dead or cut off (process {process} on {host})"
     try:
@@ -337,7 +337,7 @@ def _state(host: str, process: int) -> str:
 
 
 def _within(seconds: float, action: Callable[[], Result]) -> Result | None:
-    """The result of an action that may never return; None if it did not in time, or if it could not reach the other side."""
+    """The result of an action that may never return; None if it did not return in time or could not reach the other side."""
     results: list[Result] = []
 
     def act() -> None:

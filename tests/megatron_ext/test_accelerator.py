@@ -228,7 +228,7 @@ def test_two_processes_of_one_rank_do_not_both_get_in() -> None:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"RANK": "2"}, "RANK=2 does not lie below WORLD_SIZE=2"),
+        ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
         ({"RANK": "1"}, "rank 1: nobody answers at MASTER_ADDR=127.0.0.1 MASTER_PORT=1 within 0 s"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The run's configuration, and what follows from it by arithmetic: sizes, pipeline stages, the layout. Nothing here needs torch."""
+"""The run's configuration, and what follows from it by arithmetic: sizes, pipeline stages, layout. Nothing here imports torch."""
 
 from pangu.config.load import load_config, parse_config
 from pangu.config.schema import Config, Count, ModelConfig, OptimizerConfig, Section

@@ -24,12 +24,12 @@ from pangu.errors import InputError
 
 @dataclass(frozen=True)
 class RunLayout:
-    """How one configuration is laid over the processes of a run: everything that the configuration and their number decide together."""
+    """How a run is distributed over its processes: everything that follows from the configuration and the number of processes together."""
 
     topology: Topology
     """Sizes of the tensor-, pipeline- and data-parallel axes."""
     deepspeed: dict[str, Any]
-    """The DeepSpeed JSON, completed from the configuration. Whoever hands it to DeepSpeed hands over a copy."""
+    """The DeepSpeed JSON, completed from the configuration. Pass a copy of it to DeepSpeed."""
     micro_batches: int
     """Micro-batches that a data-parallel rank computes for one optimizer step."""
     stage_layers: tuple[int, ...]
@@ -37,10 +37,11 @@ class RunLayout:
 
 
 def resolve(config: Config, world_size: int) -> RunLayout:
-    """How a run is laid over `world_size` processes, or a refusal of what cannot run or would be silently wrong. Needs no process group.
+    """Work out how a run is distributed over `world_size` processes. Needs no process group.
 
     Raises:
-        InputError: a key's value does not fit the others, the DeepSpeed JSON or the number of processes.
+        InputError: if a key's value does not fit the others, the DeepSpeed JSON or the number of processes, or the combination would train
+            with wrong numbers.
     """
     model, parallel, train = config.model, config.parallel, config.train
     for key, size in (("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
@@ -93,10 +94,10 @@ def resolve(config: Config, world_size: int) -> RunLayout:
 
 
 def _gradient_accumulation_steps(config: Config, layout: Topology) -> int:
-    """Micro-batches a data-parallel rank computes for one optimizer step.
+    """Number of micro-batches that a data-parallel rank computes per optimizer step.
 
     Raises:
-        InputError: if the global batch does not divide.
+        InputError: if the global batch size is not a multiple of micro-batch size x data-parallel size.
     """
     micro_batch = config.train.micro_batch_size
     samples = micro_batch * layout.data
@@ -112,10 +113,10 @@ def _gradient_accumulation_steps(config: Config, layout: Topology) -> int:
 
 
 def _deepspeed_settings(config: Config, layout: Topology) -> dict[str, Any]:
-    """What DeepSpeed is given: the JSON that `deepspeed` names, completed from the configuration.
+    """DeepSpeed's settings: the JSON that `deepspeed` names, completed from the configuration.
 
     Raises:
-        InputError: if the JSON says otherwise than the configuration, names an optimizer or schedule, or the batch does not divide.
+        InputError: if the JSON contradicts the configuration or names an optimizer or scheduler.
     """
     path, precision = config.deepspeed, config.train.precision
     result = read_json(path) if path else {}
@@ -146,7 +147,7 @@ def _deepspeed_settings(config: Config, layout: Topology) -> dict[str, Any]:
             settle(f"{name}.enabled", name == precision, f"train.precision = {precision}")
     settle("zero_optimization.stage", parallel.zero_stage, f"parallel.zero_stage = {parallel.zero_stage}")
     if parallel.sequence and parallel.tensor > 1 and parallel.pipeline > 1:
-        # By default DeepSpeed cuts what stages exchange over the tensor group, taking it to be replicated there. It is already cut.
+        # By default DeepSpeed splits what stages exchange over the tensor group, assuming that it is replicated there. It is already split.
         for key in ("pipe_partitioned", "grad_partitioned"):
             settle(f"pipeline.{key}", False, "parallel.sequence = true splits what pipeline stages exchange already")
     _check_offload(result["zero_optimization"], path)
@@ -167,9 +168,9 @@ def _deepspeed_settings(config: Config, layout: Topology) -> dict[str, Any]:
 
 
 def default_bucket_size(model: ModelConfig) -> int:
-    """Elements that DeepSpeed reduces at once.
+    """Number of gradient elements that DeepSpeed reduces at once.
 
-    Its own default of 500,000,000 is more than most stages hold, and what comes in one piece cannot travel while the rest is computed.
+    Its own default of 500,000,000 is more than most stages hold, and a single bucket cannot be reduced while the rest is computed.
     """
     return min(50_000_000, num_parameters(model))
 
@@ -190,7 +191,7 @@ def _alternatives(choices: list[int]) -> str:
 
 
 def _check_offload(zero: dict[str, Any], path: Path | None) -> None:
-    """DeepSpeed ignores an offload that its stage cannot do; here it is refused."""
+    """Refuse offloading that the ZeRO stage does not support, which DeepSpeed would ignore."""
     for key, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         if zero.get(key) and zero["stage"] < first_stage:
             raise InputError(f"{path}: zero_optimization.{key} needs parallel.zero_stage {first_stage} or more; it is {zero['stage']}.")

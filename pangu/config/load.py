@@ -25,7 +25,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
     A value is written as in YAML.
 
     Raises:
-        InputError: one line naming the file or the override, the key, what was found and what to do.
+        InputError: names the file or the override, the key, what was found and what to do.
     """
     path = find_recipe(path)
     values = read_yaml(path)
@@ -34,11 +34,11 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
 
 
 def parse_config(values: dict[str, Any], path: Path, overridden: Sequence[str] = ()) -> Config:
-    """The configuration that sections of plain values make.
+    """Build the configuration from sections of plain values.
 
     Args:
-        values: what a YAML file at `path` holds, or would hold.
-        path: named in errors, and `deepspeed` is relative to its folder.
+        values: the content of the YAML file: section -> key -> value.
+        path: path of the YAML file, for errors; a relative `deepspeed` path is resolved against its folder.
         overridden: keys that were given on the command line.
 
     Raises:
@@ -55,7 +55,7 @@ def parse_config(values: dict[str, Any], path: Path, overridden: Sequence[str] =
 
 
 def _take_zero_stage(values: dict[str, Any]) -> None:
-    """Where only the DeepSpeed JSON names a ZeRO stage, that is the run's."""
+    """If only the DeepSpeed JSON names a ZeRO stage, the run uses that stage."""
     zero = read_json(values["deepspeed"]).get("zero_optimization")
     parallel = values.setdefault("parallel", {})
     if isinstance(zero, dict) and isinstance(parallel, dict) and zero.get("stage", "auto") != "auto":
@@ -63,7 +63,7 @@ def _take_zero_stage(values: dict[str, Any]) -> None:
 
 
 def _nearest_keys(unknown: str) -> list[str]:
-    """Valid keys a user may have meant: those of a similar name in any section, else all of its section."""
+    """Valid keys that the user may have meant: those of a similar name in any section, else all keys of its section."""
     sections = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Config.model_fields.items()}
     section, _, last = unknown.partition(".")
     if not last:

@@ -1,6 +1,6 @@
-"""The published model sizes (arXiv 2104.12369, Table 1; the 350M model scored the training data, section 3).
+"""The published model sizes (arXiv 2104.12369, Table 1; the 350M model was used to score the training data, section 3).
 
-`num_layers` counts as the paper does: the query layer is one of them.
+`num_layers` includes the query layer, as in the paper.
 """
 
 from __future__ import annotations

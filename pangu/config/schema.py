@@ -1,4 +1,4 @@
-"""The run's configuration: one class per section, a field per key, checked when it is made.
+"""The run's configuration: one class per section, one field per key, validated at construction.
 
 Paths are relative to the current directory, except `deepspeed`, which is relative to the folder of the YAML file that names it.
 """
@@ -20,46 +20,47 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True)]
 DerivedCount = Annotated[int, Field(ge=0, strict=True), BeforeValidator(lambda value: 0 if value is None else value)]
-"""A count that other keys give where it is null (held as 0 until then)."""
+"""A count that is derived from other keys if it is null; 0 until then."""
 
 
 class Section(BaseModel):
-    """What every section shares: unknown keys are refused, and values never change after they were read."""
+    """Base class of all sections: unknown keys are refused, and values cannot be changed after construction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    """What the network is. `preset` gives every size; any key written beside it wins over the preset."""
+    """The network. `preset` sets every size; any key written beside it takes precedence over the preset."""
 
     preset: Preset | None = None
     """A published size: 350M, 2.6B, 13B or 200B."""
     num_layers: Count
-    """Transformer layers, the query layer included, as the paper counts."""
+    """Number of Transformer layers, the query layer included, as in the paper."""
     hidden_size: Count
     """Width of the residual stream."""
     num_heads: Count
-    """Attention heads; must divide `hidden_size`, and be divided by `parallel.tensor`."""
+    """Number of attention heads. It must divide `hidden_size` and be divisible by `parallel.tensor`."""
     vocab_size: Count = 40000
     """Number of token ids of the tokenizer. Padding for tensor parallelism is added where it is needed, and is not counted here."""
     max_positions: Count = 1024
-    """Rows of the position and query embeddings: the longest sequence the model can see."""
+    """Rows of the position and query embeddings: the longest sequence that the model can process."""
     ffn_hidden_size: DerivedCount = 0
-    """Width inside the MLP; null = 4 x hidden_size."""
+    """Width of the MLP's hidden layer; null = 4 x hidden_size."""
     gelu: ActivationName = "tanh"
-    """`tanh` trained the released weights; other ports run `erf` or `sigmoid` (x·sigmoid(1.702x)). Change it only to match a checkpoint."""
+    """Activation function of the MLP. The released weights were trained with `tanh`; other ports use `erf` or `sigmoid`
+    (x·sigmoid(1.702x)). Change it only to match a checkpoint."""
     final_norm: Literal["before_query", "after_query"] = "before_query"
-    """Where the final LayerNorm sits: before the query layer in the released 2.6B and 13B, after it in the 200B code."""
+    """Position of the final LayerNorm: before the query layer in the released 2.6B and 13B, after it in the 200B code."""
     hidden_dropout: Fraction = 0.1
-    """Dropout of the embedding sum and of both sublayer outputs."""
+    """Dropout probability of the embedding sum and of both sublayer outputs."""
     attention_dropout: Fraction = 0.1
-    """Dropout of the attention weights."""
+    """Dropout probability of the attention weights."""
     attention: Literal["eager", "sdpa", "npu_fusion"] = "sdpa"
-    """`eager` is the reference; `sdpa` is torch's fused attention; `npu_fusion` is Ascend's."""
+    """Implementation of attention: `eager` is the reference, `sdpa` torch's fused attention, `npu_fusion` Ascend's fused kernel."""
     separator_id: CountOrZero = 9
-    """Token that ends a document (`<eot>`)."""
+    """Id of the token that ends a document (`<eot>`)."""
     pad_id: CountOrZero = 6
-    """Token that fills a sample; its positions carry no loss."""
+    """Id of the padding token; positions whose input is padding have no loss."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,56 +90,59 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is laid over the devices. The data-parallel size is what remains: world size / (tensor x pipeline)."""
+    """How the model is distributed over the devices. The data-parallel size is what remains: world size / (tensor x pipeline)."""
 
     tensor: Count = 1
-    """Ranks that share each layer's matrices. Keep it inside one server."""
+    """Tensor-parallel size: number of ranks that share each layer's matrices. Keep them within one server."""
     pipeline: Count = 1
-    """Stages the layers are cut into. More than one needs `zero_stage` 1."""
+    """Pipeline-parallel size: number of stages that the layers are cut into. More than one needs `zero_stage` 1."""
     stage_layers: list[Count] | None = None
-    """Transformer layers of each pipeline stage, the query layer included; null = balanced by parameters. The first stage holds the
-    embeddings besides, the last the logits."""
+    """Number of Transformer layers of each pipeline stage, the query layer included; null = balanced by parameters. The first stage also
+    holds the embeddings, the last also the logits."""
     order: Order = "tp-dp-pp"
-    """Which ranks are neighbours. Tensor-parallel ones always; next in `tp-dp-pp` data-parallel ones, in `tp-pp-dp` the stages of a
-    pipeline, as in the paper."""
+    """Order of the ranks, fastest-varying axis first. Tensor-parallel ranks are always neighbours; next come data-parallel ranks in
+    `tp-dp-pp`, and the stages of a pipeline in `tp-pp-dp`, as in the paper."""
     sequence: bool = False
-    """Sequence parallelism: split what tensor parallelism leaves whole along the sequence. Less memory, the same traffic."""
+    """Sequence parallelism: activations that tensor parallelism does not split are split along the sequence. Less memory, the same
+    traffic."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: 1 shards the optimizer states over the data-parallel ranks, 2 gradients too, 3 weights too. Left out, a DeepSpeed
-    JSON that names a stage decides."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer states over the data-parallel ranks, 2 also the gradients, 3 also the weights. If the
+    key is left out, the stage of the DeepSpeed JSON is used, if it names one."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Rematerialization: `selective` computes attention again in the backward pass, `full` whole layers (a third more computation)."""
 
 
 class TrainConfig(Section):
-    """How long and on how much."""
+    """Length of the run, batch sizes and precision."""
 
     micro_batch_size: Count = 1
-    """Samples a rank computes at once."""
+    """Samples that a rank computes at once."""
     global_batch_size: Count
-    """Samples an optimizer step sees: micro_batch_size x accumulation x data-parallel size."""
+    """Samples per optimizer step: micro_batch_size x gradient accumulation steps x data-parallel size."""
     steps: Count
-    """Optimizer steps of the whole run, resumed parts included."""
+    """Optimizer steps of the whole run, including those before a resume."""
     seed: CountOrZero = 1234
     """Seed of the initial weights, the order of the samples and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """`fp32` runs everywhere; `bf16` on recent devices; `fp16`, with a dynamic loss scale, is how the original was trained."""
+    """Dtype of weights, gradients and activations. `fp32` runs everywhere, `bf16` on recent devices; the original was trained in `fp16`,
+    which uses a dynamic loss scale."""
     sequence_length: DerivedCount = 0
-    """Tokens a sample; null = model.max_positions."""
+    """Tokens per sample; null = model.max_positions."""
     compile: bool = False
-    """Compile each layer with torch.compile: a minute at the start, and fewer and larger kernels. It gains nothing on the CPU."""
+    """Compile each layer with torch.compile, which takes a minute at the start and gives fewer and larger kernels. No gain on the CPU."""
     eval_every: CountOrZero = 0
-    """Steps between evaluations on the validation part; 0 = never."""
+    """Steps between evaluations on the validation set; 0 = never."""
     eval_batches: Count = 10
-    """Global batches an evaluation reads."""
+    """Global batches per evaluation."""
     on_bad_step: Literal["skip", "rollback", "stop"] = "skip"
-    """After a step whose loss or gradient is not finite, or that is a spike; its update is dropped in any case. `skip`: go on with the next
-    batch, ten in a row end the run; `rollback`: return to the newest checkpoint and go on with later data; `stop`: end the run."""
+    """What to do after a step whose loss or gradient is not finite, or whose loss is a spike; its update is dropped in any case. `skip`:
+    continue with the next batch, ten in a row end the run; `rollback`: return to the newest checkpoint and continue with later data;
+    `stop`: end the run."""
     spike_factor: Annotated[float, Field(ge=0.0)] = 0.0
-    """A loss above this multiple of the median of the last 100 is a spike; 0 = off."""
+    """A loss above this multiple of the median of the last 100 steps is a spike; 0 = off."""
     profile: str | None = None
-    """START:STOP, such as 10:13: every rank records the steps START to STOP - 1 with torch's profiler and writes them to run.dir/profile.
-    null = off."""
+    """Steps to profile, as START:STOP, such as 10:13: every rank records the steps START to STOP - 1 with torch's profiler and writes them
+    to run.dir/profile. null = off."""
 
     @property
     def profiled_steps(self) -> range:
@@ -151,13 +155,13 @@ class TrainConfig(Section):
         if self.profile is not None:
             if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.profile) or not self.profiled_steps or not self.profiled_steps.start:
                 raise ValueError(
-                    f"train.profile = {self.profile}: START:STOP is expected, from step 1 on and START below STOP, such as 10:13, which "
-                    "records the steps 10, 11 and 12."
+                    f"train.profile = {self.profile}: expected START:STOP with 1 <= START < STOP, such as 10:13, which records the steps "
+                    "10, 11 and 12."
                 )
             if self.profiled_steps.start > self.steps:
                 raise ValueError(f"train.profile = {self.profile} begins after the last step, train.steps = {self.steps}. Lower its START.")
         if 0.0 < self.spike_factor <= 1.0:
-            raise ValueError(f"train.spike_factor = {self.spike_factor} calls half of all steps spikes. Set it above 1, or 0 = off.")
+            raise ValueError(f"train.spike_factor = {self.spike_factor} would make half of all steps spikes. Set it above 1, or 0 = off.")
         return self
 
 
@@ -165,17 +169,17 @@ class OptimizerConfig(Section):
     """The optimizer; defaults are the paper's for 2.6B (Table 5)."""
 
     name: Literal["pangu_adam", "adamw"] = "pangu_adam"
-    """`pangu_adam`: the original, with decoupled weight decay and no bias correction; `adamw`: torch's."""
+    """Optimizer. `pangu_adam` is the original's Adam with decoupled weight decay and no bias correction; `adamw` is torch's."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
-    """Highest learning rate."""
+    """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Added to the denominator of the update."""
+    """Constant added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Decoupled weight decay of every parameter but biases and LayerNorm."""
+    """Decoupled weight decay of all parameters except biases and LayerNorm."""
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest global norm of the gradient; 0 = off."""
+    """Gradients are scaled down to this global norm; 0 = no clipping."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
@@ -191,9 +195,9 @@ class ScheduleConfig(Section):
     """Learning rate over the steps: linear warm-up, then cosine decay to `min_lr`."""
 
     name: Literal["original", "cosine"] = "original"
-    """`original` counts the cosine from step 0, as the released code does; `cosine` from the end of the warm-up."""
+    """Schedule. `original` counts the cosine from step 0, as the released code does; `cosine` from the end of the warm-up."""
     warmup_steps: CountOrZero = 2000
-    """Steps from 0 to `optimizer.lr`."""
+    """Steps of linear warm-up from 0 to `optimizer.lr`."""
     decay_steps: DerivedCount = 0
     """Step at which `min_lr` is reached; null = train.steps."""
     min_lr: Annotated[float, Field(ge=0.0)] = 1e-6
@@ -201,61 +205,65 @@ class ScheduleConfig(Section):
 
 
 class DataConfig(Section):
-    """What is read. Each data set is PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them."""
+    """The training data. Each data set is PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes them."""
 
     train: Annotated[list[str], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-    """Prefixes of the data sets; one may be given without a list."""
+    """Prefixes of the data sets; a single one may be given without a list."""
     weights: list[Annotated[float, Field(gt=0.0)]] | None = None
     """Sampling weight of each data set; null = in proportion to their sizes."""
     eod_reset: bool = True
-    """Documents that share a sample do not see each other, and positions restart at each."""
+    """Whether attention is limited to the document and positions restart at 0 where several documents share a sample."""
     tokenizer: Path | None = None
-    """Directory of the tokenizer that made the data; kept with the weights so that they can generate."""
+    """Directory of the tokenizer that made the data; it is saved with the weights so that they can generate text."""
     validation_fraction: Fraction = 0.0
-    """Part of the documents held back for `train.eval_every`."""
+    """Fraction of the documents held out for `train.eval_every`."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.weights is not None and len(self.weights) != len(self.train):
-            raise ValueError(f"data.weights has {len(self.weights)} values for {len(self.train)} data sets in data.train. Give one each.")
+            raise ValueError(
+                f"data.weights has {len(self.weights)} values for {len(self.train)} data sets in data.train. Give one for each."
+            )
         return self
 
 
 class CheckpointConfig(Section):
-    """What is saved and what a run starts from."""
+    """Saving checkpoints, and starting from them or from weights."""
 
     dir: Path | None = None
-    """Where checkpoints go; null = run.dir/checkpoints. Read it as `Config.checkpoint_dir`."""
+    """Directory of the checkpoints; null = run.dir/checkpoints. In code, read `Config.checkpoint_dir`."""
     save_every: CountOrZero = 0
     """Steps between checkpoints; 0 = only at the end."""
     keep: Count = 2
-    """How many of the newest checkpoints stay."""
+    """Number of the newest checkpoints that are kept."""
     async_save: bool = False
-    """Write checkpoints in the background while training goes on. Host memory must hold each rank's weights and optimizer once more."""
+    """Write checkpoints in the background while training continues. Host memory must hold a second copy of each rank's weights and
+    optimizer states."""
     resume: str = "auto"
-    """`auto`: from the newest checkpoint if there is one; `never`; or the path of a checkpoint."""
+    """What to resume from. `auto`: the newest checkpoint if there is one; `never`: nothing; or the path of a checkpoint."""
     init_from: Path | None = None
-    """Weights a new run starts from, in any format that tools/convert_checkpoint.py reads; null = fresh weights."""
+    """Weights that a new run starts from, in any format that tools/convert_checkpoint.py reads; null = random initial weights."""
 
 
 class RunConfig(Section):
-    """Where the run writes."""
+    """Output directory, logging and supervision of the run."""
 
     dir: Path
     """The run directory: resolved configuration, metrics, checkpoints."""
     log_every: Count = 1
-    """Steps between lines on the screen; metrics.jsonl gets every step."""
+    """Steps between progress lines on the terminal; metrics.jsonl records every step."""
     tensorboard: bool = True
-    """Write TensorBoard events where tensorboard is installed."""
+    """Write TensorBoard events if tensorboard is installed."""
     hang_timeout: Annotated[float, Field(ge=0.0)] = 600.0
-    """Seconds that a step, a checkpoint or the start of all ranks may take; then the run ends and says which rank is late. 0 = no limit."""
+    """Seconds that a step, a checkpoint or the start of all ranks may take; after that the run ends and reports which rank is late. 0 = no
+    limit."""
     consistency_every: CountOrZero = 100
-    """Steps between checks that what several ranks hold alike is equal; also at the start, before each checkpoint and after a bad step.
-    Ranks that hold the others up are looked for at the same steps. 0 = never."""
+    """Steps between checks that replicas on different ranks are equal; they are also checked at the start, before each checkpoint and after
+    a bad step. Slow ranks are looked for at the same steps. 0 = never."""
 
 
 class Config(Section):
-    """Everything a run needs."""
+    """The configuration of a run."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -266,7 +274,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig
     deepspeed: Path | None = None
-    """A DeepSpeed JSON, for what this file has no key for. Batch sizes, clipping and precision are filled in from here."""
+    """A DeepSpeed JSON with settings for which this file has no key. Batch sizes, clipping and precision are completed from this file."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -277,10 +285,12 @@ class Config(Section):
         if self.train.sequence_length > self.model.max_positions:
             raise ValueError(
                 f"train.sequence_length = {self.train.sequence_length} is more than model.max_positions = {self.model.max_positions}: "
-                "later positions have no embedding. Lower the first or raise the second."
+                "later positions have no embedding. Lower train.sequence_length or raise model.max_positions."
             )
         if self.schedule.min_lr > self.optimizer.lr:
-            raise ValueError(f"schedule.min_lr = {self.schedule.min_lr} is above optimizer.lr = {self.optimizer.lr}. Lower the first.")
+            raise ValueError(
+                f"schedule.min_lr = {self.schedule.min_lr} is above optimizer.lr = {self.optimizer.lr}. Lower schedule.min_lr."
+            )
         if self.train.on_bad_step == "rollback" and not self.checkpoint.save_every:
             raise ValueError(
                 "train.on_bad_step = rollback but checkpoint.save_every = 0: there is no checkpoint to return to before the end. "
@@ -288,7 +298,7 @@ class Config(Section):
             )
         if self.train.eval_every and not self.data.validation_fraction:
             raise ValueError(
-                f"train.eval_every = {self.train.eval_every} but data.validation_fraction = 0 holds no document back. "
+                f"train.eval_every = {self.train.eval_every} but data.validation_fraction = 0 holds out no documents. "
                 "Set data.validation_fraction=0.01, or train.eval_every=0."
             )
         return self

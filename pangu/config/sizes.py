@@ -1,6 +1,6 @@
-"""How many parameters a model or a rank has, and the operations that training on a token takes, by arithmetic: no module is built.
+"""Number of parameters of a model or a rank, and the floating-point operations per token, by arithmetic: no module is built.
 
-`rank_parameters` is the one formula; everything else here is read off it. The sizes are those of the real model's parameters, in its order
+Everything here follows from one formula, `rank_parameters`. The sizes are those of the real model's parameters, in its order
 (tests/pangu/config/test_rank_parameters.py builds both and compares).
 """
 
@@ -12,26 +12,26 @@ from functools import cached_property, lru_cache
 from pangu.config.schema import ModelConfig
 
 MAX_LAYERS, MAX_EXTENT = 512, 2**30
-"""Bounds that no model comes near: to build one, if only its shapes, costs a millisecond and 100 kB a layer."""
+"""Upper bounds far above any real model. Even building only the shapes of a model takes a millisecond and 100 kB per layer."""
 
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Elements of each parameter that a rank holds before ZeRO shards them, in the module's order."""
+    """Number of elements of each parameter that a rank holds, before ZeRO shards them, in the module's order."""
 
     matrices: tuple[int, ...]
-    """Matrices and tables: what weight decay applies to, the optimizer's first group."""
+    """Sizes of the matrices and embedding tables, to which weight decay applies: the optimizer's first parameter group."""
     vectors: tuple[int, ...]
-    """Biases and LayerNorms: its second group."""
+    """Sizes of the biases and LayerNorm parameters: the optimizer's second parameter group."""
 
     @cached_property
     def groups(self) -> tuple[int, int]:
-        """Elements of each group."""
+        """Number of elements of each parameter group."""
         return sum(self.matrices), sum(self.vectors)
 
     @property
     def total(self) -> int:
-        """Elements in all."""
+        """Number of elements of all parameters."""
         return sum(self.groups)
 
 
@@ -40,11 +40,11 @@ def rank_parameters(model: ModelConfig, tensor: int, num_layers: int, *, first: 
     """Parameters of a rank of one pipeline stage.
 
     Args:
-        model: what the network is.
+        model: the network.
         tensor: tensor-parallel size; it divides heads and MLP width. The vocabulary is padded.
         num_layers: transformer layers of the stage, the query layer included.
         first: the stage holds the embeddings.
-        last: the stage holds the final LayerNorm, the query layer and the logits: the tied table's copy where it is not the first too.
+        last: the stage holds the final LayerNorm, the query layer and the logits, whose weight is a copy of the tied table unless `first`.
     """
     h, f = model.hidden_size, model.ffn_hidden_size
     words, positions = -(-model.vocab_size // tensor) * h, model.max_positions * h
@@ -71,7 +71,7 @@ def stage_parameters(model: ModelConfig, tensor: int, stage_layers: tuple[int, .
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Exact number of trainable parameters, the output tied to the word embedding and the vocabulary without padding.
+    """Exact number of trainable parameters, with the output layer tied to the word embedding and the vocabulary not padded.
 
     With ffn = 4h a layer has 12h² + 13h, and the model V·h + 2·P·h + L·(12h² + 13h) + 2h: word embedding, position and query embeddings,
     layers, final LayerNorm.
@@ -80,9 +80,10 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def layer_costs(model: ModelConfig) -> list[int]:
-    """Weight of each layer when pipeline stages are balanced: its parameters and those of what always goes with it.
+    """Cost of each transformer layer for balancing pipeline stages: its parameters, and those of what is always on the same stage.
 
-    A layer's time, memory and optimizer step go with its parameters; so do those of the logits, and the embedding's memory and step.
+    Time, memory and optimizer step of a layer are proportional to its parameters; so are those of the logits, and memory and optimizer
+    step of the embedding.
     """
     middle, first, last = (
         rank_parameters(model, 1, 1, first=first, last=last).total for first, last in ((False, False), (True, False), (False, True))
@@ -103,10 +104,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def check_sizes(config: ModelConfig) -> None:
-    """Refuse a model that would cost memory or time by its description alone.
+    """Refuse a model so large that even building its shapes would take too much memory or time.
 
     Raises:
-        ValueError: if a size is out of all proportion.
+        ValueError: if a size is above MAX_LAYERS or MAX_EXTENT.
     """
     if config.num_layers > MAX_LAYERS:
         raise ValueError(f"{config.num_layers} layers, at most {MAX_LAYERS} expected")

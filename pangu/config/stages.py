@@ -1,8 +1,8 @@
 """Which layers each stage of a pipeline holds.
 
-A cut is written as the transformer layers of each stage, the query layer included. The embeddings belong to the first stage, the logits to
-the last, and the final LayerNorm to the query layer's, which is the last too. No stage is without a layer: DeepSpeed's gradient norm takes
-one collective for each group of parameters, and a stage that has only tables, which all decay, would have one less than the others.
+A cut is given as the number of transformer layers of each stage, the query layer included. The embeddings belong to the first stage, the
+final LayerNorm, the query layer and the logits to the last. No stage is without a layer: DeepSpeed's gradient norm issues one collective
+per group of parameters, and a stage with embedding tables only, to which weight decay applies, would have one group less than the others.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pangu.config.sizes import layer_costs
 
 @lru_cache(maxsize=1024)
 def balanced_layers(config: ModelConfig, num_stages: int) -> tuple[int, ...]:
-    """The cut whose heaviest stage is as light as can be."""
+    """Transformer layers of each of `num_stages` stages, cut so that the most expensive stage is as cheap as possible."""
     return tuple(end - begin for begin, end in pairwise(balance(layer_costs(config), num_stages)))
 
 
 def stage_bounds(config: ModelConfig, layers: Sequence[int]) -> list[int]:
-    """Stage s of those with so many layers holds `pipeline_layers[bounds[s]:bounds[s + 1]]` (pangu.engine.pipeline)."""
+    """Bounds of the stages that hold `layers`: stage s holds `pipeline_layers[bounds[s]:bounds[s + 1]]` (pangu.engine.pipeline)."""
     return [0, *(2 + done for done in list(accumulate(layers))[:-1]), config.num_layers + 4]
 
 
 def balance(costs: Sequence[int], num_parts: int) -> list[int]:
-    """Bounds that cut `costs` into consecutive non-empty parts with the least maximum; among those, with evenly filled parts."""
+    """Bounds that cut `costs` into consecutive non-empty parts with the smallest maximum; among those, the most even parts."""
     prefix = [0, *accumulate(costs)]
     # best[end]: (maximum, sum of squares, bounds) of the best cut of costs[:end] into the parts so far.
     best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [0])}

@@ -127,7 +127,7 @@ def test_frozen(write) -> None:
         (BASE, ["data.train=[]"], "data.train = []: list should have at least 1 item"),
         (BASE, ["train.eval_every=5"], "data.validation_fraction"),
         (BASE, ["train.on_bad_step=rollback"], "train.on_bad_step = rollback but checkpoint.save_every = 0"),
-        (BASE, ["train.spike_factor=1"], "train.spike_factor = 1.0 calls half of all steps spikes"),
+        (BASE, ["train.spike_factor=1"], "train.spike_factor = 1.0 would make half of all steps spikes"),
         (BASE, ["train.sequence_length=2048"], "train.sequence_length = 2048 is more than model.max_positions = 1024"),
         (BASE, ["schedule.min_lr=1"], "schedule.min_lr = 1.0 is above optimizer.lr = 0.0001"),
         (BASE, ["train=3"], "train = 3, but a section of keys is expected"),

@@ -1,7 +1,7 @@
-"""What a configuration means on a number of processes: the layout, the batch arithmetic, and what DeepSpeed is told.
+"""What a configuration means on a number of processes: the layout, the batch arithmetic, and DeepSpeed's settings.
 
 config = load_config("ds_configs/2.6B.yaml")
-layout = resolve(config, world_size=16)     # once a run; refuses what cannot run, before any process talks to another
+layout = resolve(config, world_size=16)     # once per run; refuses what cannot run, before any process communicates
 """
 
 from __future__ import annotations

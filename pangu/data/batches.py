@@ -1,4 +1,4 @@
-"""Samples as the tensors the model is trained on, read ahead by a thread.
+"""Turns samples into the tensors that the model is trained on; a thread reads them ahead.
 
 Shapes: b micro-batch, s sequence.
 """
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     position_ids: Tensor
     """int64[b, s], 0 at the first token of each document and only there."""
     labels: Tensor
-    """int64[b, s], at each place the token that follows."""
+    """int64[b, s], at each position the id of the next token."""
     loss_mask: Tensor
     """float32[b, s], 0 where the input is padding."""
 
@@ -78,10 +78,10 @@ def micro_batches(
     pad_id: int,
     eod_reset: bool,
 ) -> Generator[Batch, None, None]:
-    """This rank's micro-batches without end, from the point where the run has consumed `consumed_samples`.
+    """An endless iterator over this rank's micro-batches, from the point where the run has consumed `consumed_samples`.
 
-    A thread reads ahead, into page-locked memory where there is a device. What it does wrong is raised here, up to SAMPLES_AT_ONCE samples
-    early; `close()` on the generator ends it. No random numbers are drawn, so whoever iterates finds torch's generators as they were.
+    A thread reads ahead, into page-locked memory if there is a device. An error in it is raised here, up to SAMPLES_AT_ONCE samples early;
+    `close()` on the generator ends the thread. No random numbers are drawn: the state of torch's generators does not change.
     """
 
     def load(group: list[range]) -> list[Batch]:

@@ -20,14 +20,14 @@ PERIOD = 100_000
 
 
 class BlendedDataset:
-    """Samples from several sources; `dataset[i]` is defined for every i >= 0. Each source's samples are read in their own order.
+    """Samples from several sources; `dataset[i]` is defined for every i >= 0. The samples of each source are read in that source's order.
 
     Args:
-        sources: one or more.
-        weights: share of the samples each source gives; positive, of any sum. A source gives at least one sample a period.
+        sources: one or more data sets.
+        weights: relative share of the samples from each source; positive, with any sum. Each source has at least one sample per period.
 
     Raises:
-        InputError: weights that are not one positive number a source.
+        InputError: if `weights` does not have one positive number per source.
     """
 
     def __init__(self, sources: Sequence[PackedDataset], weights: Sequence[float]) -> None:
@@ -40,7 +40,7 @@ class BlendedDataset:
         self._index = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, sample of that source) of the blend's sample `index`."""
+        """Index of the source, and of the sample within that source, for sample `index` of the blend."""
         period, place = divmod(index, PERIOD)
         source = int(self._source[place])
         return source, period * int(self._counts[source]) + int(self._index[place])
@@ -52,7 +52,7 @@ class BlendedDataset:
 
 
 def _counts(weights: Sequence[float], num_sources: int) -> NDArray[np.int64]:
-    """Samples of each source in a period: 1 or more, by largest remainder; they sum to PERIOD."""
+    """Number of samples of each source per period: at least 1, rounded by largest remainder; they sum to PERIOD."""
     if len(weights) != num_sources:
         raise InputError(f"data.weights: {len(weights)} weights found, {num_sources} expected, one for each entry of data.train.")
     for number, weight in enumerate(weights):

@@ -1,4 +1,4 @@
-"""From the prefixes in a configuration to a training and a validation data set."""
+"""Builds the training and the validation data set from the prefixes in a configuration."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def build_datasets(
 
     Args:
         prefixes: paths without `.bin` and `.idx`.
-        weights: share of the samples each prefix gives, as in `BlendedDataset`; None for shares in proportion to the tokens.
-        seq_length: tokens the model sees of a sample.
-        seed: of the order of documents and samples.
-        validation_fraction: 0 or more, below 1.
-        vocab_size: of the model.
+        weights: relative share of the samples from each prefix, as in `BlendedDataset`; None: in proportion to the tokens.
+        seq_length: input tokens per sample.
+        seed: seed of the order of documents and samples.
+        validation_fraction: fraction of the documents for validation, in [0, 1).
+        vocab_size: the model's vocabulary size.
         separator_id: id that ends every document.
-        tokenizer_sha256: of the tokenizer the model is used with, to be compared with the manifests; None if there is no tokenizer at hand.
+        tokenizer_sha256: SHA-256 of the tokenizer that the run uses, to be compared with the manifests; None if no tokenizer is configured.
 
     Raises:
         InputError: a damaged or empty data set, or one that another tokenizer made.
@@ -89,7 +89,7 @@ def _check_tokenizer(indexed: IndexedDataset, vocab_size: int, separator_id: int
 
 
 def _check_separator(indexed: IndexedDataset, separator_id: int) -> None:
-    """Without a manifest, see by some documents that their last ids are the separator: Megatron's tools append it only if told to."""
+    """Without a manifest, check on some documents that the last id is the separator: Megatron's tools append it only on request."""
     with_tokens = np.flatnonzero(indexed.sizes)
     some = with_tokens[:: max(1, len(with_tokens) // 1000)]
     last = [int(indexed.get(int(document), int(indexed.sizes[document]) - 1, 1)[0]) for document in some]

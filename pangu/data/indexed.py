@@ -10,9 +10,9 @@ document lies; it is little-endian and unpadded (Megatron-LM, `megatron/core/dat
     uint64    M, length of doc_idx
     int32[N]  sizes: tokens of each document
     int64[N]  pointers: byte offset of each document in .bin
-    int64[M]  doc_idx: 0, 1, ... N, one entry a document (files of others may group several items here; it is not read)
+    int64[M]  doc_idx: 0, 1, ... N, one entry per document (other tools may group several items here; it is not read)
 
-`PREFIX.json`, the manifest, says which tokenizer made the ids. Files that other people's Megatron tools wrote have none, and are read too.
+`PREFIX.json`, the manifest, records which tokenizer made the ids. Files written by Megatron-LM's own tools have none, and are read too.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class Manifest(BaseModel):
-    """`PREFIX.json`: what the ids in `PREFIX.bin` mean, and how many there are."""
+    """Content of `PREFIX.json`: what the ids in `PREFIX.bin` mean, and how many there are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -76,16 +76,16 @@ class Manifest(BaseModel):
     dtype: str
     documents: NonNegativeInt
     tokens: NonNegativeInt
-    """Separators included."""
+    """Number of tokens, separators included."""
 
 
 class IndexedDataset:
     """The documents of one prefix, read through a memory map.
 
-    Everything the index says is checked against the files' sizes when it is opened, before any of it is used.
+    When the data set is opened, the index is checked against the sizes of the files before any of it is used.
 
     Attributes:
-        sizes: int32[N], tokens of each document; 4 bytes a document of memory, all else stays in the page cache.
+        sizes: int32[N], tokens of each document. It takes 4 bytes of memory per document; everything else stays in the page cache.
         pointers: int64[N], byte offsets of the documents in .bin.
         manifest: None if there is no `PREFIX.json`.
 
@@ -123,7 +123,7 @@ class IndexedDataset:
         return self._tokens[start : start + length]
 
     def gather(self, documents: NDArray[Any], offsets: NDArray[Any], lengths: NDArray[Any]) -> NDArray[np.integer[Any]]:
-        """The ids of several pieces back to back: `lengths[i]` ids of `documents[i]` from its token `offsets[i]` on."""
+        """The concatenated ids of several pieces: `lengths[i]` ids of `documents[i]` from its token `offsets[i]` on."""
         starts = self.pointers[documents] // self.dtype.itemsize + offsets
         if len(starts) == 1:
             return self._tokens[starts[0] : starts[0] + lengths[0]]
@@ -148,19 +148,19 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes a data set document by document; it appears under its name whole or not at all.
+    """Writes a data set document by document; it appears under its name complete or not at all.
 
-    A context manager: leaving it without an exception commits. Until then the files have `.tmp` at their ends; an exception removes them.
-    `PREFIX.idx` gets its name last, because without it nothing opens the data set: whatever kills the process, a reader finds the earlier
-    data set, none, or the new one with its manifest. An earlier data set of the same prefix goes away only when the new one is complete.
+    A context manager: leaving it without an exception commits. Until then the files' names end in `.tmp`; an exception removes them.
+    `PREFIX.idx` is renamed last, because without it the data set cannot be opened: if the process is killed, a reader finds the earlier
+    data set, none, or the new one with its manifest. An earlier data set of the same prefix is removed only when the new one is complete.
 
-    Memory: 4 bytes a document.
+    Memory: 4 bytes per document.
 
     Args:
-        prefix: path of the files without suffix; its directory is made if need be.
-        vocab_size: of the tokenizer; chooses the dtype (`token_dtype`).
+        prefix: path of the files without suffix; its directory is created if it does not exist.
+        vocab_size: the tokenizer's vocabulary size; chooses the dtype (`token_dtype`).
         separator_id: id that ends every document, for the manifest.
-        tokenizer_sha256: for the manifest.
+        tokenizer_sha256: SHA-256 of the tokenizer's model file, for the manifest.
 
     Raises:
         InputError: a file cannot be written (disk full, no permission), or another process is writing this prefix.
@@ -186,7 +186,7 @@ class IndexedDatasetWriter:
         return len(self._sizes)
 
     def add(self, tokens: NDArray[np.integer[Any]], sizes: NDArray[np.int32]) -> None:
-        """Append documents: their ids back to back in `self.dtype`, and the number of ids of each."""
+        """Append documents: their concatenated ids in `self.dtype`, and the number of ids of each."""
         assert tokens.dtype == self.dtype and sizes.dtype == np.int32 and tokens.size == sizes.sum(dtype=np.int64)
         with self._explained():
             self._bin.write(tokens.tobytes())
@@ -257,7 +257,7 @@ class IndexedDatasetWriter:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Leave nothing behind if the body fails, and explain a file system's refusal in one line."""
+        """Remove the files if the body fails, and turn an error of the file system into a one-line InputError."""
         try:
             yield
         except OSError as error:

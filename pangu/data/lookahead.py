@@ -1,4 +1,4 @@
-"""Work done ahead of its use, in order and in bounded memory."""
+"""Computes items ahead of their use, in order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 def ordered_map(executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """Yield `function(item)` for every item, in the items' order, with at most `ahead` of them in work or waiting to be taken.
+    """Yield `function(item)` for every item, in the items' order, with at most `ahead` of them being computed or waiting to be consumed.
 
-    `Executor.map` would read all items at once. An exception of the function is raised where its result would have been.
+    `Executor.map` would read all items at once. An exception of the function is raised in place of its result.
     """
     remaining = iter(items)
     pending: deque[Future[Result]] = deque(executor.submit(function, item) for item in islice(remaining, ahead))

@@ -1,11 +1,11 @@
 """Cuts a stream of documents into samples of equal length, as Megatron-LM's `GPTDataset` does (arXiv 1909.08053).
 
-Epoch after epoch, the documents are laid end to end in a new random order, into one stream without end. Sample k is the `seq_length + 1`
+In each epoch, the documents are concatenated in a new random order, which gives one endless stream. Sample k is the `seq_length + 1`
 tokens from position `k * seq_length` on: its last token is the next sample's first, so that every token is predicted once. No token is
 dropped or padded; a sample may span documents, and the end of an epoch.
 
-Samples that begin in the same epoch are read in random order. With T tokens an epoch and sequences of s, sample k begins in epoch
-`k * s // T`, so the order of any epoch is known without those before it: that is what makes any position of a run reachable at once.
+Samples that begin in the same epoch are read in random order. With T tokens per epoch and sequences of s, sample k begins in epoch
+`k * s // T`, so the order of any epoch can be computed without those before it, and a run can resume at any position at once.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class PackedDataset:
 
     A range with fewer tokens than one sample is allowed: the sample then repeats it.
 
-    Memory: 4 bytes a document and 4 bytes a sample, for each of the two epochs in use.
+    Memory: 4 bytes per document and 4 bytes per sample, for each of the two epochs in use.
 
     Args:
         indexed: the documents, each ending with the separator.
-        documents: which of them.
-        seq_length: s, tokens the model sees.
-        seed: 0 or more.
-        vocab_size: of the model; every id is below it.
+        documents: range of the documents to use.
+        seq_length: s, input tokens per sample.
+        seed: seed of the random orders, 0 or more.
+        vocab_size: the model's vocabulary size; every id must be below it.
 
     Raises:
         InputError: if the documents have no tokens; on access, if an id is not in the vocabulary.
@@ -86,7 +86,7 @@ class PackedDataset:
         return ids
 
     def _first_sample(self, epoch: int) -> int:
-        """Number of the first sample that begins in this epoch: the first multiple of seq_length at or after the epoch's start."""
+        """Index of the first sample that begins in this epoch: at the first multiple of seq_length at or after the epoch's start."""
         return -(-epoch * self.tokens_per_epoch // self.seq_length)
 
     def _build_epoch(self, epoch: int) -> _Epoch:
@@ -100,7 +100,7 @@ class PackedDataset:
         return _Epoch(documents, starts, samples)
 
     def _pieces(self, epoch: int, position: int, length: int) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        """Documents, offsets and tokens of the pieces that make up `length` tokens from `position` of this epoch on, some at a time."""
+        """Yield documents, offsets and lengths of the pieces that make up `length` tokens from `position` of this epoch on, in groups."""
         while True:
             order = self._epoch(epoch)
             # side="right" steps over documents without tokens, which begin where the next one does.

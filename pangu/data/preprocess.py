@@ -1,9 +1,9 @@
-"""From text files to a token data set, with all processors, in memory that does not grow with the input.
+"""Turns text files into a token data set, with several processes, in memory that does not grow with the input.
 
-Every document becomes its ids and one separator (`<eot>`), as PanGu-α's data were made.
+Every document becomes its ids and one separator (`<eot>`), as in PanGu-α's training data.
 
-The main process only cuts the input into blocks of whole documents and writes what comes back, in the input's order: the output has the
-same bytes for any number of workers. The workers decode, parse and tokenize.
+The main process only cuts the input into blocks of whole documents and writes the results in the input's order: the output has the same
+bytes for any number of workers. The workers decode, parse and tokenize.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class TokenizedBlock(NamedTuple):
     tokens: NDArray[np.integer[Any]]
     sizes: NDArray[np.int32]
     empty: int
-    """Documents without text, which are left out."""
+    """Number of documents without text, which are left out."""
     path: Path
     bytes_read: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run of `preprocess` did."""
+    """Counts of a run of `preprocess`."""
 
     documents: int
     empty: int
@@ -72,14 +72,14 @@ def preprocess(
 
     Args:
         inputs: `.txt` or `.jsonl` files, or these with `.gz` or `.zst`.
-        tokenizer: makes the ids; the data set's manifest names it.
+        tokenizer: the tokenizer; the data set's manifest records its SHA-256.
         output: the data set's prefix.
-        workers: processes that tokenize; with 1, this process does.
-        json_key: where the text is in a line of `.jsonl`.
+        workers: number of processes that tokenize; with 1, this process does.
+        json_key: key of the text in a line of `.jsonl`.
 
     Raises:
-        InputError: a file that cannot be read as what it is, no documents, a disk that is full. Nothing is written then.
-        KeyboardInterrupt: on SIGINT and SIGTERM. Nothing is written then either.
+        InputError: a file cannot be read as its format, there are no documents, or the disk is full. No output is left then.
+        KeyboardInterrupt: on SIGINT and SIGTERM. No output is left then either.
     """
     began = time.monotonic()
     sizes = {path: input_size(path) for path in inputs}
@@ -135,10 +135,10 @@ class _Tokenize:
 
 @contextmanager
 def _deferred_interrupts() -> Iterator[Callable[[], None]]:
-    """Hold SIGINT and SIGTERM back until the function this gives is called: it raises KeyboardInterrupt if one came.
+    """Defer SIGINT and SIGTERM until the yielded function is called: it raises KeyboardInterrupt if one has arrived.
 
-    An exception at any moment could otherwise meet an executor that has forked its workers but does not know them yet, or the writer
-    between two renames.
+    An exception at an arbitrary moment could otherwise occur after an executor has forked its workers but before it has recorded them, or
+    between two renames of the writer.
     """
     received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -168,7 +168,7 @@ def _workers(tokenize: _Tokenize, workers: int) -> Iterator[Callable[[Iterable[B
     try:
         yield lambda blocks: ordered_map(executor, _tokenize_in_worker, blocks, workers * BLOCKS_AHEAD_PER_WORKER)
     except BrokenProcessPool:
-        raise InputError(f"a worker was killed, most likely for want of memory. Run again with fewer --workers than {workers}.") from None
+        raise InputError(f"a worker was killed, probably for lack of memory. Run again with fewer --workers than {workers}.") from None
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -187,7 +187,7 @@ def _start_worker(tokenize: _Tokenize) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A worker whose parent is killed would wait for work for ever."""
+    """Make this worker exit when its parent is killed; it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -200,7 +200,7 @@ def _tokenize_in_worker(block: Block) -> TokenizedBlock:
 
 @contextmanager
 def _progress(total_bytes: int) -> Iterator[Callable[[int, int, int], None]]:
-    """A function of (bytes read, documents, tokens) that shows them: as a bar on a terminal, else as a line every 10 seconds."""
+    """A function of (bytes read, documents, tokens) that displays them: as a bar on a terminal, else as a line every 10 seconds."""
     console = Console(stderr=True)
     # Without its own thread: the workers are forked later, and a fork takes no threads along but the locks they hold.
     columns = (BarColumn(), DownloadColumn(), TextColumn("{task.fields[counts]}"), TimeRemainingColumn())

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampler:
-    """Deals global batches out to data-parallel ranks.
+    """Divides global batches among the data-parallel ranks.
 
     With c samples consumed, the next global batch of G is samples c to c + G - 1. It is cut into micro-batches in that order, and each
-    data-parallel rank takes an equal run of consecutive ones. A sample's place in the global batch therefore never depends on the layout.
+    data-parallel rank takes an equal number of consecutive ones. A sample's place in the global batch therefore never depends on the
+    layout.
 
     Args:
-        global_batch_size: G, samples an optimizer step.
-        micro_batch_size: samples a forward pass.
+        global_batch_size: G, samples per optimizer step; a multiple of micro_batch_size * D, which `resolve` has checked.
+        micro_batch_size: samples per forward pass.
         data_parallel_size: D.
         data_parallel_rank: 0 to D - 1.
-
-    That G divides by micro_batch_size * D is the configuration's promise.
     """
 
     global_batch_size: int
@@ -37,7 +36,7 @@ class Sampler:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     def micro_batches(self, consumed_samples: int) -> Iterator[range]:
-        """Sample numbers of this rank's micro-batches, one after another without end, from `consumed_samples` on."""
+        """Yield the sample numbers of each of this rank's micro-batches, endlessly, from `consumed_samples` on."""
         per_rank = self.micro_batches_per_step * self.micro_batch_size
         while True:
             first = consumed_samples + self.data_parallel_rank * per_rank

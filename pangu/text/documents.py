@@ -1,7 +1,7 @@
 """Documents from text files, in blocks that different processes can read.
 
-`.txt` holds documents separated by blank lines; `.jsonl` one JSON object a line with the text under a key. Either may end in `.gz` or
-`.zst`. The process that reads a file only finds where documents end; decoding and parsing are left to whoever is given the block.
+`.txt` holds documents separated by blank lines; `.jsonl` one JSON object per line with the text under a key. Either may end in `.gz` or
+`.zst`. The process that reads a file only finds where documents end; the process that receives a block decodes and parses it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_DOCUMENT_BYTES = 1 << 28
 
 
 class Block(NamedTuple):
-    """Whole documents of an input file, as they stand there."""
+    """Whole documents of an input file, as undecoded bytes."""
 
     path: Path
     offset: int
@@ -34,14 +34,14 @@ class Block(NamedTuple):
     """Number of the first line, from 1."""
     data: bytes
     bytes_read: int
-    """Bytes of the file as it is on disk, up to here."""
+    """Bytes of the file on disk (compressed, if it is) that were read up to the end of this block."""
 
 
 def input_size(path: Path) -> int:
-    """Bytes of a file on disk.
+    """Size of a file on disk, in bytes.
 
     Raises:
-        InputError: if it cannot be opened, or has a name of another format.
+        InputError: if it cannot be opened, or its name is not that of a supported format.
     """
     _format(path)
     try:
@@ -52,10 +52,10 @@ def input_size(path: Path) -> int:
 
 
 def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Cut a file into blocks of `block_bytes` or more, each ending at the last document boundary that was read.
+    """Cut a file into blocks of at least `block_bytes`, each ending at a document boundary.
 
     Raises:
-        InputError: damaged compression, or a document of more than MAX_DOCUMENT_BYTES.
+        InputError: the compressed data is damaged, or a document has more than MAX_DOCUMENT_BYTES.
     """
     # A blank line, with either line end before it; or the end of a JSON line.
     boundaries = (b"\n",) if _format(path) == ".jsonl" else (b"\n\n", b"\n\r\n")
@@ -87,10 +87,10 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 def documents(block: Block, json_key: str) -> Iterator[str]:
     """The texts of a block.
 
-    Of a `.txt`, line ends are read as "\\n" and those around a document are not part of it.
+    In a `.txt`, line ends are read as "\\n" and those around a document are not part of it.
 
     Raises:
-        InputError: invalid UTF-8 (with its byte offset), or a line that is no JSON object with a text under `json_key`.
+        InputError: invalid UTF-8 (with its byte offset), or a line that is not a JSON object with a text under `json_key`.
     """
     data = block.data.removeprefix(b"\xef\xbb\xbf") if block.offset == 0 else block.data  # a byte order mark, as Windows writes it
     try:
@@ -116,7 +116,7 @@ def _json_text(line: str, key: str, where: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error}); one object a line expected, such as {{{json.dumps(key)}: ...}}.") from None
+        raise InputError(f"{where}: not JSON ({error}); one object per line expected, such as {{{json.dumps(key)}: ...}}.") from None
     text = value.get(key) if isinstance(value, dict) else None
     if not isinstance(text, str):
         found = f"an object with the keys {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
@@ -126,7 +126,7 @@ def _json_text(line: str, key: str, where: str) -> str:
             text.encode()
         except UnicodeEncodeError:
             raise InputError(
-                f"{where}: half of a surrogate pair (\\ud800 to \\udfff) found in the text. Remove the line or mend it."
+                f"{where}: half of a surrogate pair (\\ud800 to \\udfff) found in the text. Remove or fix the line."
             ) from None
     return text
 

@@ -1,7 +1,7 @@
-"""The word segmentation in front of PanGu-α's SentencePiece model: what `jieba.cut` 0.42.1 answers, several times faster.
+"""The word segmentation in front of PanGu-α's SentencePiece model: the segments of `jieba.cut` 0.42.1, several times faster.
 
 The published tokenizer (arXiv 2104.12369, section 3) runs jieba's default mode: dictionary route, then a hidden Markov model for
-what the route leaves as single characters. Token ids hang on every one of those cuts, so speed may not move any of them:
+what the route leaves as single characters. Token ids depend on every one of these cuts, so a faster implementation must not change any:
 
 1. Blocks. jieba splits the text by `BLOCK`; whatever is outside a block is cut into single characters, "\\r\\n" staying whole.
 2. Route. In each block the words of the most probable dictionary path. rjieba (Rust) and jieba compute it with the same double
@@ -48,11 +48,11 @@ IsWord = Callable[[str], bool]
 class Segmenter:
     """Cuts text into the segments of `jieba.cut(text, cut_all=False, HMM=True)`, jieba 0.42.1 with its default dictionary.
 
-    Dictionary and tables are loaded at the first `cut` (about half a second, or 1.5 s without rjieba) and stay out of a pickle. A forked
-    worker shares what its parent had loaded; nothing is written after loading but a memo of pure results.
+    Dictionary and tables are loaded at the first `cut` (about half a second, or 1.5 s without rjieba) and are not pickled. A forked
+    worker shares what its parent had loaded; after loading only a cache of results is written.
 
     Args:
-        use_rjieba: False routes with jieba instead of rjieba. The segments are the same; it is there to check just that.
+        use_rjieba: False computes the dictionary route with jieba instead of rjieba, to check that the segments are the same.
     """
 
     def __init__(self, *, use_rjieba: bool = True) -> None:

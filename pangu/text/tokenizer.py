@@ -4,9 +4,9 @@
     tokenizer.encode("四川的省会是?")                 # [3826, 11, 21652, 16, 28]
     tokenizer.decode([3826, 11, 21652, 16, 28])     # "四川的省会是?"
 
-Ids are those of the published tokenizer, which is `jieba.cut` 0.42.1 and the published `vocab.model` of 40,000 pieces. What it loses
-stays lost, by the model's NFKC normaliser: ，：？！ come back as ,:?!, a tab vanishes, "\\r\\n" comes back as "\\n", and a character that
-no piece covers comes back as "⁇".
+Ids are those of the published tokenizer, which is `jieba.cut` 0.42.1 and the published `vocab.model` of 40,000 pieces. Decoding does
+not restore what the model's NFKC normaliser changes: ，：？！ become ,:?!, a tab vanishes, "\\r\\n" becomes "\\n", and a character that
+no piece covers becomes "⁇".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pangu.text.segmentation import Segmenter
 
 MODEL_FILE = "vocab.model"
 
-# SentencePiece swallows spaces and newlines, so they travel as characters that text hardly uses (ids 4 and 3 in the published model).
+# SentencePiece drops spaces and newlines, so they are replaced by characters that text hardly uses (ids 4 and 3 in the published model).
 SPACE_PIECE, NEWLINE_PIECE = "\u2582", "\u2583"
 TO_MODEL = str.maketrans({" ": SPACE_PIECE, "\n": NEWLINE_PIECE})
 
@@ -97,44 +97,44 @@ class PanguTokenizer:
 
     @property
     def unk_id(self) -> int:
-        """What a character outside the vocabulary becomes; 0 in the published model."""
+        """Id of `<unk>`, which stands for a character outside the vocabulary; 0 in the published model."""
         return self._pieces.piece_to_id(UNK)
 
     @property
     def sep_id(self) -> int:
-        """`<sep>`; 5 in the published model."""
+        """Id of `<sep>`; 5 in the published model."""
         return self._pieces.piece_to_id(SEP)
 
     @property
     def pad_id(self) -> int:
-        """`<pad>`, fills up a sequence; 6 in the published model."""
+        """Id of `<pad>`, the padding token; 6 in the published model."""
         return self._pieces.piece_to_id(PAD)
 
     @property
     def mask_id(self) -> int:
-        """`<mask>`; 7 in the published model."""
+        """Id of `<mask>`; 7 in the published model."""
         return self._pieces.piece_to_id(MASK)
 
     @property
     def eod_id(self) -> int:
-        """`<eod>`; 8 in the published model. The documents of the training data are separated by `eot_id`, not by this."""
+        """Id of `<eod>`; 8 in the published model. The documents of the training data are separated by `eot_id`, not by this id."""
         return self._pieces.piece_to_id(EOD)
 
     @property
     def eot_id(self) -> int:
-        """`<eot>`, the separator of documents and the end of a generated text; 9 in the published model."""
+        """Id of `<eot>`, the separator of documents and the end of a generated text; 9 in the published model."""
         return self._pieces.piece_to_id(EOT)
 
     def encode(self, text: str, *, allow_special: bool | Collection[str] = False) -> list[int]:
-        """The token ids of `text`, each in [0, vocab_size). Nothing is added in front or behind.
+        """The token ids of `text`, each in [0, vocab_size). No special token is added at either end.
 
         Args:
             text: any text; "" gives [].
-            allow_special: which of `SPECIAL_PIECES` become their id where they stand in `text`: none (so that a document cannot forge a
-                separator), all with True, or those named. The stretches between them are encoded each for itself.
+            allow_special: which of `SPECIAL_PIECES` are replaced by their id where they occur in `text`: none with False (so that a
+                document cannot forge a separator), all with True, or those named. The text between them is encoded piece by piece.
 
         Raises:
-            InputError: if `allow_special` names a piece that is not special, or `text` holds a lone surrogate, which no encoding has.
+            InputError: if `allow_special` names a piece that is not special, or `text` holds a lone surrogate, which UTF-8 cannot encode.
         """
         allowed = _allowed_pieces(allow_special)
         if not allowed:
@@ -161,15 +161,16 @@ class PanguTokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, as published: SentencePiece's decoding without its spaces, then ▂ to space and ▃ to newline.
+        """The text of token ids, as the published tokenizer decodes it: SentencePiece's decoding without its spaces, then ▂ to space and ▃
+        to newline.
 
-        The pieces `<sep>` to `<eot>` come back as they are written, `<s>` and `</s>` as nothing, `<unk>` as "⁇".
+        The pieces `<sep>` to `<eot>` are written out, `<s>` and `</s>` become nothing, `<unk>` becomes "⁇".
 
         Args:
             ids: whole numbers in [0, vocab_size): a list, a numpy array or a tensor of one dimension.
 
         Raises:
-            TokenIdError: an `IndexError`, if an id is not in [0, vocab_size).
+            TokenIdError: if an id is not in [0, vocab_size). It is also an `IndexError`.
         """
         checked = [self._check(index(token_id), position) for position, token_id in enumerate(ids)]
         return self._pieces.decode(checked).replace(" ", "").replace(SPACE_PIECE, " ").replace(NEWLINE_PIECE, "\n")
@@ -187,7 +188,7 @@ class PanguTokenizer:
         return token_id
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Copy the model to `directory`/vocab.model, whole or not at all, and give that path. Raises InputError if it cannot be written."""
+        """Copy the model to `directory`/vocab.model atomically and return that path. Raises InputError if it cannot be written."""
         return write_model(self._model, directory)
 
 
@@ -203,7 +204,7 @@ def _allowed_pieces(allow_special: bool | Collection[str]) -> tuple[str, ...]:
 
 
 def model_input(segmenter: Segmenter, text: str) -> str:
-    """What SentencePiece sees of `text`, in training as in encoding: jieba's segments, space and newline marked, joined by " "."""
+    """SentencePiece's input for `text`, in training and in encoding: jieba's segments, with space and newline marked, joined by " "."""
     if "\r\n" in text:  # one segment
         return " ".join([segment.translate(TO_MODEL) for segment in segmenter.cut(text)])
     # Otherwise a space, a newline and their marks are segments of one character alike, and marking all at once is faster.
@@ -211,10 +212,10 @@ def model_input(segmenter: Segmenter, text: str) -> str:
 
 
 def write_model(model: bytes, directory: str | os.PathLike[str]) -> Path:
-    """Write a SentencePiece model to `directory`/vocab.model: beside it first, then one rename, so that no reader ever sees half a file.
+    """Write a SentencePiece model to `directory`/vocab.model atomically: to a temporary file first, which is then renamed.
 
     Raises:
-        InputError: if the directory cannot be made or written.
+        InputError: if the directory cannot be created or written.
     """
     target = make_directory(directory) / MODEL_FILE
     beside = target.with_name(f".{MODEL_FILE}.{os.getpid()}")
@@ -233,7 +234,7 @@ def write_model(model: bytes, directory: str | os.PathLike[str]) -> Path:
 
 
 def make_directory(directory: str | os.PathLike[str]) -> Path:
-    """The directory, made with its parents if need be. Raises InputError if that fails."""
+    """Create a directory and its parents if they do not exist, and return its path. Raises InputError if that fails."""
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Training a tokenizer of PanGu-α's kind on other text: the published pieces 0 to 9 and normaliser, a vocabulary of one's own.
+"""Trains a tokenizer like PanGu-α's on other text: with the published pieces 0 to 9 and normaliser, and a new vocabulary.
 
-The model is trained on what `PanguTokenizer.encode` gives to SentencePiece, line by line, so that training and use cut text alike.
+The model is trained on what `PanguTokenizer.encode` passes to SentencePiece, line by line, so that training and use segment text alike.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def train_tokenizer(
 ) -> PanguTokenizer:
     """Train a SentencePiece unigram model with PanGu-α's special pieces and write it to `output`/vocab.model.
 
-    The same inputs give the same bytes. SentencePiece keeps all lines in memory: from a corpus of many GB, give a sample.
+    The same inputs give the same bytes. SentencePiece keeps all lines in memory: from a corpus of many GB, give it a sample.
 
     Args:
         inputs: UTF-8 text files, read line by line.
-        vocab_size: pieces in all, the ten special ones included. 40,000 in the published model.
-        output: a directory; it is made if need be, and a vocab.model in it is replaced.
-        character_coverage: the part of the text, 0.98 to 1, whose characters get a piece; the rarest others become <unk>. 1.0 leaves
-            nothing out; 0.9995 is usual where rare characters would fill the vocabulary.
+        vocab_size: total number of pieces, including the ten special ones. 40,000 in the published model.
+        output: a directory; it is created if it does not exist, and a vocab.model in it is replaced.
+        character_coverage: fraction of the text, 0.98 to 1, whose characters get a piece; the rarest characters become <unk>. 1.0 covers
+            all; 0.9995 is usual where rare characters would fill the vocabulary.
 
     Raises:
         InputError: if a file is missing or not UTF-8, all are empty, or `vocab_size` does not suit the text.
@@ -88,7 +88,7 @@ def train_tokenizer(
 
 
 class _Lines:
-    """The training lines, and what became of them: SentencePiece turns an exception inside its iterator into a RuntimeError."""
+    """The training lines, their number and the first error: SentencePiece turns an exception in its iterator into a RuntimeError."""
 
     def __init__(self, inputs: Sequence[str | Path]) -> None:
         self.inputs = inputs
@@ -119,7 +119,7 @@ class _Lines:
 
 
 def _explained(error: Exception, lines: _Lines, vocab_size: int, character_coverage: float) -> Exception:
-    """The InputError for a refusal of SentencePiece that the user can mend, or `error` itself."""
+    """The InputError for a SentencePiece error that the user can fix, or `error` itself."""
     files = ", ".join(str(path) for path in lines.inputs)
     if lines.count == 0:
         return InputError(f"{files}: no text to train a tokenizer on. Give files with at least one line that is not blank.")

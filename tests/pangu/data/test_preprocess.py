@@ -124,6 +124,6 @@ def test_full_disk_on_the_way(
 
 def test_a_killed_worker_is_explained(tmp_path: Path, corpus: Path, tokenizer: PanguTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_module._Tokenize, "__call__", lambda self, block: os.kill(os.getpid(), 9))
-    with pytest.raises(InputError, match="a worker was killed, most likely for want of memory"):
+    with pytest.raises(InputError, match="a worker was killed, probably for lack of memory"):
         preprocess([corpus], tokenizer, tmp_path / "out", workers=2)
     assert os.listdir(tmp_path) == []

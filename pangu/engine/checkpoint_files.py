@@ -1,4 +1,4 @@
-"""A training engine's state to DeepSpeed's files and back, on the layout that runs. Committing them is pangu.training.checkpoint's."""
+"""Saves a training engine's state to DeepSpeed's files and loads it on the same layout; pangu.training.checkpoint commits the files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def save_files(engine: TrainingEngine, folder: Path, client_state: dict[str, Any
     """Write, or begin to write, every file of this rank into `folder`. Every rank must call this.
 
     Args:
-        engine: of the run; it may be trained further at once.
-        folder: exists and is empty.
+        engine: the run's engine; training may continue as soon as this returns.
+        folder: an existing, empty directory.
         client_state: small values of the caller, kept in DeepSpeed's files.
-        background: return as soon as the states are copied in host memory, which must hold them once more.
+        background: return as soon as the states are copied in host memory, which must have room for a second copy.
 
     Returns:
-        The writer: `finish` it to know that the files are on the disk.
+        The writer; its `finish` waits until the files are on the disk.
     """
     deepspeed = engine.engine
     writer = FileWriter(deepspeed.checkpoint_engine, background=background)
@@ -40,7 +40,7 @@ def save_files(engine: TrainingEngine, folder: Path, client_state: dict[str, Any
 
 
 def load_files(engine: TrainingEngine, folder: Path) -> None:
-    """Fill the engine from files that this layout has saved. Every rank must call this.
+    """Load files that were saved on this layout into the engine. Every rank must call this.
 
     Raises:
         InputError: if there is nothing that DeepSpeed can load.

@@ -43,23 +43,23 @@ _LAYOUT = {"tensor": "parallel.tensor", "pipeline": "parallel.pipeline", "data":
 
 @dataclass
 class Checkpoint:
-    """One step's directory and what its manifest says."""
+    """The directory of one training checkpoint, with the content of its manifest."""
 
     folder: Path
     sizes: dict[str, int]
-    """Bytes of every file, as the manifest has them."""
+    """Size of every file in bytes, from the manifest."""
     layout: dict[str, int]
     model: dict[str, Any]
-    """By `ModelConfig` key."""
+    """The model's configuration, by `ModelConfig` key."""
     stage_layers: Any
-    """What the manifest says of the pipeline's cut, unchecked; None in one that is older than this."""
+    """Layers of each pipeline stage from the manifest, unchecked; None in an older manifest."""
     precision: str
     progress: dict[str, Any]
     opened: set[str] = field(default_factory=set)
 
     @property
     def config(self) -> ModelConfig:
-        """The model; one with more layers than there are files or tensors for is never built."""
+        """The model's configuration, which is checked only by itself: readers compare it with the files before they build the model."""
         try:
             config = ModelConfig.model_validate(self.model)
             check_sizes(config)
@@ -68,10 +68,10 @@ class Checkpoint:
             raise InputError(f"{self.folder / MANIFEST}: describes no model that can be: {json.dumps(self.model)[:200]}.") from None
 
     def load(self, name: str) -> dict[Any, Any]:
-        """What a file holds.
+        """Load the content of a file.
 
         Raises:
-            InputError: if it is not there, has not its size, or is damaged.
+            InputError: if the file is missing, has another size than the manifest says, or is damaged.
         """
         file = self.folder / name
         if name not in self.sizes or not file.is_file() or file.stat().st_size != self.sizes[name]:
@@ -85,7 +85,7 @@ class Checkpoint:
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest complete one in it.
+    """The checkpoint directory for a path: the path itself, or the newest complete checkpoint in it.
 
     Raises:
         InputError: if there is none.
@@ -99,7 +99,7 @@ def locate(path: Path) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that a path names, or the newest in it; only its manifest is read.
+    """Open the checkpoint that a path names, or the newest in it; only its manifest is read.
 
     Raises:
         InputError: if there is none, or its manifest is not one.
@@ -130,7 +130,7 @@ def _is_size(value: Any) -> bool:
 
 
 def read_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    """Every weight of a checkpoint by canonical name, from whatever layout it was saved.
+    """Every weight of a checkpoint by canonical name, whatever layout saved it.
 
     Raises:
         InputError: naming the file that is missing, damaged or is not what the manifest says.
@@ -146,7 +146,7 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
 
 
 def _plain_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    """No pipeline, ZeRO 0 to 2: a file a tensor rank holds all of the model."""
+    """No pipeline, ZeRO 0 to 2: one file per tensor rank holds its slice of the whole model."""
     modules = [
         section(checkpoint, name, checkpoint.load(name), "module")
         for name in (f"mp_rank_{rank:02d}_model_states.pt" for rank in range(checkpoint.layout["tensor"]))
@@ -156,7 +156,7 @@ def _plain_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
 
 
 def _pipeline_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    """A pipeline: a file for each layer and tensor rank. What is tied to an earlier layer has no file."""
+    """A pipeline: one file per layer and tensor rank. A layer that is tied to an earlier one has no file."""
     if checkpoint.config.num_layers > len(checkpoint.sizes):
         raise InputError(f"{checkpoint.folder}: {checkpoint.config.num_layers} layers, but just {len(checkpoint.sizes)} files.")
     tensors: dict[str, LazyTensor] = {}
@@ -217,7 +217,7 @@ def merge(checkpoint: Checkpoint, specs: dict[str, ShardSpec], slices: list[dict
 
 
 def _stored(checkpoint: Checkpoint, module: dict[Any, Any], specs: dict[str, ShardSpec]) -> dict[str, LazyTensor]:
-    """A file's tensors, which must be just the expected ones."""
+    """The tensors of a file; they must be exactly the expected ones."""
     for key in specs.keys() ^ module.keys():
         where = "is missing" if key in specs else "is unknown"
         raise InputError(f"{checkpoint.folder}: parameter {str(key)[:80]!r} {where}; expected the model that {MANIFEST} describes.")
@@ -230,7 +230,7 @@ def _stored(checkpoint: Checkpoint, module: dict[Any, Any], specs: dict[str, Sha
 
 
 def section(checkpoint: Checkpoint, name: str, root: dict[Any, Any], key: str) -> dict[Any, Any]:
-    """The dictionary under a key of what the file `name` holds."""
+    """The dictionary under a key in the content of the file `name`."""
     value = root.get(key)
     if not isinstance(value, dict):
         raise InputError(f"{checkpoint.folder / name}: holds no {key}.")
@@ -249,7 +249,7 @@ def model_parameters(checkpoint: Checkpoint, num_tensors: int) -> dict[str, Shar
 
 
 def pipeline_parameters(config: ModelConfig) -> Iterator[dict[str, ShardSpec]]:
-    """Likewise for each layer of the pipeline."""
+    """For each layer of the pipeline, the spec of every parameter by its name in the layer."""
     accelerator.name()  # imports DeepSpeed without the warning that there is no GPU
     with quiet():
         layers = pipeline_layers(config, ParallelContext(device=torch.device("meta")), RunOptions())
@@ -268,7 +268,7 @@ def _parameters(module: nn.Module) -> dict[str, ShardSpec]:
 
 @dataclass
 class Flat:
-    """Buffers of one rank that are meant to lie one after the other."""
+    """One-dimensional buffers of one rank, read as if they were concatenated."""
 
     buffers: list[StoredTensor]
 
@@ -288,14 +288,14 @@ class Flat:
 
 
 def load_optimizer(checkpoint: Checkpoint, data_rank: int, model_rank: int) -> tuple[str, dict[Any, Any]]:
-    """The file of one rank's optimizer, and what ZeRO keeps in it; model ranks count tensor ranks first, then stages."""
+    """Name of the file with one rank's optimizer, and ZeRO's states in it; model rank = stage x T + tensor rank."""
     name = f"zero_pp_rank_{data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
     name = f"bf16_{name}" if f"bf16_{name}" in checkpoint.sizes else name
     return name, section(checkpoint, name, checkpoint.load(name), "optimizer_state_dict")
 
 
 def flat_buffers(checkpoint: Checkpoint, name: str, buffers: Any) -> list[StoredTensor]:
-    """A list of one-dimensional tensors from the file `name`, or a refusal."""
+    """Check that `buffers`, from the file `name`, is a list of one-dimensional tensors."""
     if type(buffers) is not list or not all(isinstance(buffer, StoredTensor) and len(buffer.shape) == 1 for buffer in buffers):
         raise InputError(f"{checkpoint.folder / name}: its optimizer states are not those that DeepSpeed writes.")
     return buffers
@@ -307,7 +307,7 @@ def _flat_weights(checkpoint: Checkpoint, data_rank: int, tensor_rank: int) -> F
 
 
 def _join(flats: list[Flat], begin: int, share: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A parameter from every data rank's share of it; what the last rank has too much is padding."""
+    """A parameter joined from every data rank's share of it; the end of the last rank's share is padding."""
     whole = torch.empty(share * len(flats), dtype=torch.float32)
     for number, flat in enumerate(flats):
         flat.copy_to(whole[number * share : (number + 1) * share], begin)

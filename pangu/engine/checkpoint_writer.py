@@ -1,4 +1,4 @@
-"""Writes the files of a checkpoint: at once, or in the background while training goes on."""
+"""Writes the files of a checkpoint, at once or in the background while training continues."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pangu.engine.manifest import sha256
 
 
 class FileWriter:
-    """Stands in for DeepSpeed's checkpoint engine while it saves; whatever is not about writing is that engine's.
+    """Replaces DeepSpeed's checkpoint engine during a save; calls other than writing are forwarded to that engine.
 
-    DeepSpeed saves collectively: a rank that raised in the middle, its disk being full, would leave the others waiting. Here a failure is
-    kept and told by `finish`, once every rank has come out of the saving.
+    DeepSpeed saves collectively: a rank that raised in the middle, for instance because its disk is full, would leave the others waiting.
+    Here a failure is kept and raised by `finish`, once every rank has left the save.
 
     Args:
         inner: DeepSpeed's own engine.
-        background: write in a thread, from a copy that is taken at once. The files are the same, byte for byte.
+        background: write in a thread, from a copy that is made at once. The files are the same, byte for byte.
     """
 
     def __init__(self, inner: Any, *, background: bool) -> None:
@@ -39,7 +39,7 @@ class FileWriter:
         return getattr(self._inner, name)
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Write a file, or have it written; never raises because of the disk."""
+        """Write a file, or queue it for the thread. Errors of the disk are not raised here but by `finish`."""
         state = on_host(state_dict, {}, always_copy=self._thread is not None)
         if self._thread is None:
             self._write(state, Path(path))
@@ -47,18 +47,18 @@ class FileWriter:
             self._queue.put((state, Path(path)))
 
     def close(self) -> None:
-        """No file will follow."""
+        """Declare that no further file will be saved."""
         self._queue.put(None)
 
     def is_done(self) -> bool:
-        """Whether all files are on the disk, or could not be written. Only after `close`."""
+        """Whether all files are on the disk or have failed. Call it only after `close`."""
         return self._thread is None or not self._thread.is_alive()
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Bytes and sha256 of every file by its name, once all are on the disk.
+        """Wait until all files are on the disk; return the bytes and SHA-256 of each by file name.
 
         Raises:
-            OSError: the first failure.
+            OSError: the first error that occurred while writing.
         """
         if self._thread is not None:
             self._thread.join()
@@ -85,12 +85,12 @@ class FileWriter:
 
 
 def on_host(value: Any, copies: dict[int, Any], *, always_copy: bool) -> Any:
-    """A state with its tensors in host memory. What is one object or one memory in it is one in the copy, so that files are the same.
+    """A copy of a state with its tensors in host memory. Shared objects and shared memory stay shared, so that the files are the same.
 
     Args:
         value: nested dictionaries, lists and tuples of tensors and plain values.
-        copies: what has been copied, by identity; empty at first.
-        always_copy: copy tensors that are in host memory already, too: they may change afterwards.
+        copies: objects that have been copied, by identity; pass an empty dictionary.
+        always_copy: also copy tensors that are in host memory already, because they may change afterwards.
     """
     if id(value) not in copies:
         copies[id(value)] = _copied(value, copies, always_copy)

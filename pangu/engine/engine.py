@@ -1,6 +1,6 @@
 """One training engine for every layout: DeepSpeed's pipeline engine where there are stages, its plain engine otherwise.
 
-The silent errors of DeepSpeed that this file guards against are named where they are met; each has a test.
+The silent errors of DeepSpeed that this file guards against are described at the code for each; each has a test.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from pangu.model.model import PanguModel
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, the same on every rank."""
+    """Outcome of one optimizer step, the same on every rank."""
 
     loss: float
-    """Mean over the global batch, nats per token."""
+    """Mean loss over the global batch, in nats per token."""
     grad_norm: float
     """Global norm of the gradient before clipping; infinite where the step was skipped."""
     skipped: bool
-    """The loss was not finite or over the limit, or the gradient not finite: weights and optimizer stayed as they were, on every rank."""
+    """Whether the update was dropped on every rank, because the loss was not finite or above the limit, or the gradient not finite."""
     overflow: bool
-    """fp16 only: skipped because the gradient overflowed at this loss scale, which can still fall."""
+    """fp16 only: whether the step was skipped because the gradient overflowed at a loss scale that can still be lowered."""
     loss_scale: float | None
-    """fp16 only, after the step."""
+    """fp16 only: the loss scale after the step."""
 
 
 class TrainingEngine:
-    """The model of one rank with its optimizer.
+    """The model of one rank and its optimizer.
 
     Args:
-        config: the run.
-        layout: of the run's processes.
-        groups: this rank's process groups; torch.distributed is initialised.
-        fill: where the initial weights come from.
+        config: the run's configuration.
+        layout: how the run is distributed over its processes.
+        groups: this rank's process groups; torch.distributed must be initialised.
+        fill: writes the initial weights.
     """
 
     def __init__(self, config: Config, layout: RunLayout, groups: Groups, fill: ParamInit) -> None:
@@ -118,8 +118,8 @@ class TrainingEngine:
 
         Args:
             batches: this rank's micro-batches. A stage in the middle of a pipeline takes none.
-            learning_rate: of this step.
-            loss_limit: above it the update is dropped, as it is where loss or gradient is not finite.
+            learning_rate: learning rate of this step.
+            loss_limit: the update is dropped if the loss is above it, and also if the loss or the gradient is not finite.
         """
         for group in self.param_groups:
             group["lr"] = learning_rate
@@ -149,7 +149,7 @@ class TrainingEngine:
         )
 
     def _scale_can_fall(self) -> bool:
-        """Whether fp16's loss scale is above its floor. DeepSpeed would raise on an overflow there: that is for the caller to judge."""
+        """Whether fp16's loss scale is above its minimum. On an overflow at the minimum DeepSpeed would raise; here the caller decides."""
         if self.config.train.precision != "fp16":
             return False
         scaler = self.engine.optimizer.loss_scaler
@@ -162,17 +162,17 @@ class TrainingEngine:
         return self.engine.optimizer.param_groups
 
     def count_from(self, step: int, samples: int) -> None:
-        """Set DeepSpeed's counts of optimizer steps and samples to those of a checkpoint."""
+        """Set DeepSpeed's counters of optimizer steps and samples to those of a checkpoint."""
         self.engine.global_steps, self.engine.global_samples = step, samples
 
     def reseed(self, step: int) -> None:
-        """Start the random streams of this layout at a step to which another layout has trained."""
+        """Seed the random streams for continuing on this layout from a step that was trained on another layout."""
         # In place: the layers hold this object.
         self.rng.load_state_dict(RngStreams(derive_seed(self.config.train.seed, step), self.groups.coordinates).state_dict())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], num_global_batches: int) -> float:
-        """Mean loss over `num_global_batches`, nats per token, the same on every rank."""
+        """Mean validation loss over `num_global_batches`, in nats per token, the same on every rank."""
         total = torch.zeros((), device=self.engine.device)
         self.module.eval()
         for _ in range(num_global_batches):
@@ -222,7 +222,7 @@ class TrainingEngine:
 
     @contextlib.contextmanager
     def whole(self, parameter: Any) -> Iterator[Tensor]:
-        """A parameter as this tensor rank holds it, whole inside the block even where ZeRO-3 has sharded it. All ranks must enter."""
+        """A context in which this tensor rank's slice of a parameter is whole, even if ZeRO-3 has sharded it. All ranks must enter it."""
         if self.config.parallel.zero_stage != 3:
             yield parameter.detach()
             return
@@ -233,12 +233,12 @@ class TrainingEngine:
 
 
 def _pipeline_batch(batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A micro-batch as DeepSpeed's pipeline wants it: inputs of the first stage, labels of the last."""
+    """A micro-batch in the form of DeepSpeed's pipeline: (inputs of the first stage, labels of the last)."""
     return batch[:2], batch[2:]
 
 
 class _ModelParallelUnit:
-    """What DeepSpeed's plain engine asks about tensor parallelism: Megatron's `mpu` interface, answered from our groups."""
+    """Megatron's `mpu` interface, through which DeepSpeed's plain engine learns about tensor parallelism, backed by our groups."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups

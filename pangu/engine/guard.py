@@ -1,16 +1,16 @@
-"""Keeps a step whose loss or gradient is not finite, or whose loss is over a limit, from the weights: on every layout, on all ranks alike.
+"""Drops the update of a step whose loss or gradient is not finite, or whose loss is above a limit, on every layout and on all ranks alike.
 
 One number decides, the global gradient norm, which every rank reads anyway: where it is not finite no rank updates. DeepSpeed's ZeRO
-optimizers do that by themselves, once the norm is made to tell the truth:
+optimizers do that by themselves, provided that the norm reflects every fault:
 
 - A loss may be infinite and its gradient finite. So the last micro-batch's loss passes through a gate whose backward turns the gradient
   into NaN, on the device and without waiting, where the mean loss of the global batch is not finite or over the limit.
-- Of a parameter that all tensor-parallel ranks hold, the norm counts the first rank's gradient alone: a NaN on another rank would enter
-  that rank's weights. So such gradients are looked at as they appear, and what is found is added to the norm.
-- DeepSpeed looks for overflows in bf16 and fp16 by a reduction of uint8, which HCCL refuses, ahead of the norm, which finds them too. So
-  that check is left out; and the norm must be judged, whatever the DeepSpeed JSON says.
+- For a parameter that all tensor-parallel ranks hold, the norm counts the first rank's gradient only: a NaN on another rank would enter
+  that rank's weights. So such gradients are checked as they appear, and the result is added to the norm.
+- DeepSpeed detects overflows in bf16 and fp16 by a reduction of uint8, which HCCL refuses, before the norm, which finds them too. So
+  that check is left out, and the norm is always checked, whatever the DeepSpeed JSON says.
 
-Without ZeRO the norm is ours (`TrainingEngine._clip`).
+Without ZeRO, `TrainingEngine._clip` computes the norm.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class StepGuard:
     """The guard of one rank's engine.
 
     Args:
-        parameters: of this rank, before DeepSpeed has them: its own hooks take gradients away.
-        groups: of this rank.
-        micro_batches: that make a step.
-        device: where losses and gradients are.
+        parameters: this rank's parameters, before DeepSpeed registers its own hooks, which remove gradients.
+        groups: this rank's process groups.
+        micro_batches: number of micro-batches per step.
+        device: device of losses and gradients.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], groups: Groups, micro_batches: int, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class StepGuard:
         self._replicated.zero_()
 
     def check_loss(self, loss: Tensor) -> Tensor:
-        """A micro-batch's loss on its way to the backward pass, unchanged. Every data-parallel rank passes all of its micro-batches."""
+        """Pass a micro-batch's loss through, unchanged, before the backward pass. Every data-parallel rank passes all its micro-batches."""
         self.mean_loss += loss.detach().float() / self._micro_batches
         self._seen += 1
         if self._seen < self._micro_batches:
@@ -68,9 +68,10 @@ class StepGuard:
         return _Gate.apply(loss, self.mean_loss.isfinite() & (self.mean_loss <= self._limit))
 
     def judge_by_norm(self, optimizer: Any) -> None:
-        """Make a ZeRO optimizer of DeepSpeed drop a step by its norm, and by nothing else.
+        """Make a ZeRO optimizer of DeepSpeed decide by the gradient norm alone whether to drop a step.
 
-        Each of its three kinds computes the norm in a method of another name; all take an invalid norm for an overflow.
+        Each of DeepSpeed's three kinds computes the norm in a method of a different name; all treat a norm that is not finite as an
+        overflow.
         """
         optimizer.check_grad_overflow = optimizer.compute_grad_norm = True
         optimizer.check_overflow = lambda *_, **__: None

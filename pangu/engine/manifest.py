@@ -1,4 +1,4 @@
-"""What a training checkpoint's directory is called and what its manifest says, for all who read one.
+"""Names of a training checkpoint's directories, and the form of its manifest.
 
     step_00000100/                  complete, once it has this name and a manifest
     step_00000100/manifest.json     format, progress (how far the run was), identity (the model and the layout that saved it, by
@@ -22,7 +22,7 @@ STEP = re.compile(r"step_(\d{8,})")
 
 
 def step_name(step: int) -> str:
-    """The directory of a step."""
+    """Name of the checkpoint directory of a step."""
     return f"step_{step:08d}"
 
 
@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
 
 
 def file_problem(file: Path, described: dict[str, Any]) -> str | None:
-    """What is wrong with one file of a checkpoint, or None; `described` is what the manifest says of it."""
+    """What is wrong with one file of a checkpoint, or None; `described` is the file's entry in the manifest."""
     if not file.is_file() or file.stat().st_size != described["bytes"]:
         return f"{file.name} is missing or has not its {described['bytes']:,} bytes"
     if sha256(file) != described["sha256"]:

@@ -1,4 +1,4 @@
-"""The optimizers: the original's Adam without bias correction, and standard AdamW; the fastest implementation the machine has."""
+"""The optimizers, the original's Adam without bias correction and standard AdamW, in the fastest implementation available."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, offload: bool) -> tuple[Optimizer, str]:
-    """The configured optimizer in the fastest implementation at hand, and its name for the log.
+    """The configured optimizer in the fastest available implementation, and its name for the log.
 
     Args:
         config: the optimizer section.
-        parameters: of this rank; each carries its ShardSpec.
+        parameters: this rank's parameters, each with its ShardSpec.
         offload: the optimizer runs on the host (DeepSpeed's `offload_optimizer`).
     """
     groups = decay_groups(parameters, config.weight_decay)
@@ -74,13 +74,13 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter],
 
 
 def start_states(optimizer: Optimizer, parameter: Tensor, step: float, *, group: int | None = None) -> dict[str, Tensor]:
-    """Give a parameter the states it would have after its first step, to be filled with what another run had.
+    """Create a parameter's optimizer states as after its first step, to be overwritten with saved ones.
 
     Args:
-        optimizer: one that `build_optimizer` made.
-        parameter: one that it steps, or a flat buffer that stands for several.
-        step: how many steps that run's optimizer counted.
-        group: the number of the parameter's group, where the optimizer's groups do not name it.
+        optimizer: an optimizer that `build_optimizer` made.
+        parameter: one of its parameters, or a flat buffer that holds several.
+        step: the saved optimizer's step count.
+        group: index of the parameter's group, if the parameter is not in the optimizer's groups.
 
     Returns:
         `exp_avg` and `exp_avg_sq`, zero.

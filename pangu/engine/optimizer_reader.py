@@ -1,4 +1,4 @@
-"""The optimizer of this project's training checkpoints, by canonical name, whatever layout and ZeRO stage they were saved from.
+"""Reads the optimizer states of this project's training checkpoints, by canonical name, whatever layout and ZeRO stage saved them.
 
     mp_rank_TT_model_states.pt                            no ZeRO: each parameter's states, parameters that decay first
     [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt      ZeRO: data rank D's part of the states of model rank RR = stage x T + tensor rank
@@ -40,19 +40,19 @@ from pangu.tensor_files.torch_file import StoredTensor
 from pangu.tensor_files.torch_pickle import Opaque
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-"""What is kept of every parameter: its weights in fp32, and Adam's running means of the gradient and of its square."""
+"""The states of every parameter: its weights in fp32, and Adam's running means of the gradient and of its square."""
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What an optimizer had when it was saved."""
+    """The saved state of an optimizer."""
 
     tensors: Mapping[str, Mapping[str, LazyTensor]]
-    """By state and canonical name: full tensors in fp32."""
+    """Full tensors in fp32, by state and canonical name."""
     step: float
-    """Adam's own count of steps."""
+    """Adam's step count."""
     loss_scaler: Mapping[str, float | bool]
-    """The numbers of DeepSpeed's loss scaler by attribute; empty without ZeRO."""
+    """The state of DeepSpeed's loss scaler, by attribute; empty without ZeRO."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _Shard:
 
 
 def read_optimizer(path: Path) -> OptimizerState:
-    """The optimizer of a checkpoint; of several the newest.
+    """Read the optimizer states of a checkpoint, or of the newest checkpoint in a directory.
 
     Raises:
         InputError: naming the file that is missing, damaged or is not what the manifest says; when a tensor is read, also one that lacks a

@@ -1,7 +1,7 @@
 """The same model as DeepSpeed pipeline stages.
 
-Between two layers goes (x, position ids). Nothing else is needed: the position ids say where documents begin, so no attention mask ever
-crosses a stage boundary. The word embedding is the one tied module: first and last stage each hold it.
+Each layer passes (x, position ids) to the next. Nothing else is needed: the position ids say where documents begin, so no attention mask
+ever crosses a stage boundary. The word embedding is the one tied module: first and last stage each hold it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from deepspeed.runtime.pipe.topology import ProcessTopology
 
 Activations = tuple[Tensor, Tensor]
-"""x_BSH on the residual stream, position_ids_BS int64 for the whole sequence."""
+"""What one layer passes to the next: x_BSH on the residual stream, and position_ids_BS, int64, for the whole sequence."""
 
 
 class PipeWordEmbedding(WordEmbedding):
     """The word embedding as a pipeline layer, and the module that the output layer is tied to.
 
     The look-up is the module's own `forward`: DeepSpeed saves a tied module only where the layer is the module itself, not a function of
-    it, and resumes without a word from the initial weights otherwise.
+    it, and otherwise a resumed run silently starts from the initial weights.
     """
 
     def forward(self, inputs: Activations) -> Activations:  # type: ignore[override]
@@ -45,7 +45,7 @@ class PipeWordEmbedding(WordEmbedding):
 
 
 def _output(words: VocabParallelEmbedding, inputs: Activations) -> Tensor:
-    """What the output layer reads. It is computed with the loss (`pipeline_loss`), so that the logits are never there at once."""
+    """The input of the output layer, which is computed with the loss (`pipeline_loss`), so that the logits never exist all at once."""
     return inputs[0]
 
 
@@ -82,7 +82,7 @@ class PipeQueryLayer(QueryLayer):
 
 
 def pipeline_layers(config: ModelConfig, context: ParallelContext, options: RunOptions) -> list[LayerSpec]:
-    """The model as a list of layers that build themselves when a stage wants them."""
+    """The model as a list of layer specifications; a stage builds only its own layers."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     blocks = [LayerSpec(PipeBlock, config, context, options, index=i) for i in range(config.num_layers - 1)]
@@ -116,15 +116,15 @@ def build_pipeline(
         config: the model.
         context: where it runs and how it is split.
         options: what this run decides.
-        topology: of the world that runs.
-        layers: transformer layers of each stage (pangu.config.stages).
+        topology: the grid of all running processes.
+        layers: number of transformer layers of each stage (pangu.config.stages).
     """
     from deepspeed.pipe import PipelineModule
 
     bounds = stage_bounds(config, layers)
 
     class PanguPipeline(PipelineModule):
-        """Cuts the layers where `stage_bounds` says; DeepSpeed's own methods build every layer, or do not count the logits."""
+        """Cuts the layers at `stage_bounds`; DeepSpeed's own partition methods build every layer, or ignore the logits."""
 
         def _partition_layers(self, method: str = "") -> None:
             self.parts = bounds
@@ -140,7 +140,7 @@ def build_pipeline(
 
 
 def _process_topology(topology: Topology) -> ProcessTopology:
-    """The same grid as DeepSpeed names it: the axis that varies slowest first."""
+    """The same grid as a DeepSpeed topology: the slowest-varying axis first."""
     from deepspeed.runtime.pipe.topology import ProcessTopology
 
     sizes = {"pipe": topology.pipeline, "data": topology.data}
@@ -150,7 +150,7 @@ def _process_topology(topology: Topology) -> ProcessTopology:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Keep DeepSpeed's announcements while it builds off the terminal; errors still come through.
+    """Suppress DeepSpeed's log messages while it builds; errors are still printed.
 
     Its warnings here are about optimizers it has not tested, which ours are by design.
     """

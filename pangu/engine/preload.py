@@ -1,4 +1,5 @@
-"""What a training engine imports when it is built. A fork server imports it once for all of its ranks, which then start in a moment."""
+"""Imports what a training engine imports when it is built. A fork server imports this once for all of its ranks, which then start
+quickly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors and numbers of a run must be equal on several ranks, and the check that they are."""
+"""Checks that the tensors and numbers of a run that must be equal on several ranks are equal."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pangu.errors import InputError
 
 
 class Counts(Protocol):
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int
-    """Optimizer steps taken."""
+    """Number of optimizer steps taken."""
     consumed_samples: int
 
 
 class ReplicaCheck:
-    """Compares what an engine's ranks must hold alike. Every rank makes one.
+    """Compares the replicas that an engine's ranks hold. Every rank creates one.
 
     Compared, bit for bit: weights over the data-parallel ranks, weights that are not split over the tensor-parallel ranks, the tied
-    embedding over first and last stage, without ZeRO the optimizer's state likewise; the default random stream over the tensor-parallel
+    embedding over first and last stage, without ZeRO also the optimizer's states; the default random stream over the tensor-parallel
     ranks; the counts of steps and samples and the loss scale over all. ZeRO keeps the rest (optimizer states, stage 3's weights but small
     ones) once over the data-parallel ranks: there is nothing to compare it with. What tensor-parallel ranks all hold of stage 3's shards
     is compared.
@@ -43,7 +43,7 @@ class ReplicaCheck:
         self._shared = [name for name, stages in held.items() if stages > 1]
 
     def __call__(self, progress: Counts) -> None:
-        """Compare. Every rank must call this at the same step.
+        """Compare all replicas. Every rank must call this at the same step.
 
         Raises:
             InputError: on every rank, naming each replica that differs, its ranks and the largest difference.
@@ -85,7 +85,7 @@ class ReplicaCheck:
 
 
 def _of_stage_3(parameters: list[tuple[ShardSpec, Any]], engine: TrainingEngine) -> list[Replica]:
-    """Shards of what tensor-parallel ranks all hold; and the small parameters that stage 3 leaves whole on every data-parallel rank."""
+    """Shards of parameters that all tensor-parallel ranks hold, and the small parameters that stage 3 keeps whole on every data rank."""
     groups = engine.groups
     whole = [(spec, parameter.data) for spec, parameter in parameters if parameter.ds_persist and parameter.ds_status.name == "AVAILABLE"]
     shards = [

@@ -1,4 +1,4 @@
-"""Resuming on another layout: the weights and the optimizer of a checkpoint, whichever ranks saved them, into the ranks that now run.
+"""Resumes on another layout: loads weights and optimizer of a checkpoint, saved on any layout, into the ranks that run now.
 
 Every rank reads what it will hold, straight from DeepSpeed's files (pangu.engine.optimizer_reader), one tensor at a time, and writes
 it to where DeepSpeed keeps it. Nothing is converted on disk, so there is no half-converted state, and every ZeRO stage and pipeline can be
@@ -27,20 +27,20 @@ from pangu.tensor_files.lazy_tensor import LazyTensor
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where this rank keeps a piece of a parameter."""
+    """A place in which this rank keeps a piece of a parameter."""
 
     spec: ShardSpec
     begin: int
     """First element of the piece in the flattened slice of this tensor rank."""
     targets: Mapping[str, Tensor]
-    """By state, one-dimensional and of equal length."""
+    """The one-dimensional buffers to fill, by state, all of the same length."""
 
 
 def load_resharded(engine: TrainingEngine, path: Path) -> None:
     """Fill an engine from a checkpoint of any layout: weights, fp32 weights, Adam's states and step count, loss scale.
 
     Args:
-        engine: fresh, of the model that the checkpoint is of.
+        engine: a new engine for the checkpoint's model.
         path: the checkpoint's directory.
 
     Raises:
@@ -62,7 +62,7 @@ def load_resharded(engine: TrainingEngine, path: Path) -> None:
 
 
 Slots = tuple[Iterator[_Slot], Callable[[], Any]]
-"""The slots, and what is to be done once all are filled."""
+"""The slots, and a function to call once all are filled."""
 
 
 def _without_zero(engine: TrainingEngine, step: float) -> Slots:
@@ -78,7 +78,7 @@ def _without_zero(engine: TrainingEngine, step: float) -> Slots:
 
 
 def _cut(engine: TrainingEngine, step: float) -> Slots:
-    """ZeRO-1 and 2: a flat buffer a group, cut over the data-parallel ranks; the weights are gathered from the pieces."""
+    """ZeRO-1 and 2: one flat buffer per group, cut over the data-parallel ranks; the weights are gathered from the pieces."""
     optimizer = engine.engine.optimizer
     base = optimizer.optimizer
     moments = [start_states(base, group["params"][0], step) for group in base.param_groups]

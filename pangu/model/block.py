@@ -28,7 +28,7 @@ WEIGHT_STD = 0.02
 
 
 class Cache(Protocol):
-    """What attention needs of a key-value cache while it generates."""
+    """The interface of a key-value cache that attention uses during generation."""
 
     def append(self, k_BNSD: Tensor, v_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store the new keys and values; return all keys, all values and the bool mask [B, 1, S, K] of what each new query sees."""
@@ -36,12 +36,12 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run, not the model, decides about a forward pass."""
+    """Options of the forward pass that belong to the run and not to the model."""
 
     recompute: str = "none"
-    """`none`, `selective` or `full` (megatron_ext.recompute)."""
+    """Mode of recomputation: `none`, `selective` or `full` (megatron_ext.recompute)."""
     reset_at_document: bool = False
-    """Attention stays inside a document; position ids, which restart at 0, say where one begins. Otherwise attention is causal."""
+    """Whether attention is limited to a document, which begins where the position id is 0; otherwise it is causal."""
 
 
 class Attention(nn.Module):
@@ -58,16 +58,16 @@ class Attention(nn.Module):
         self.c_proj = RowParallelLinear(hidden, hidden, context, name=f"{name}.c_proj", init=_output_init(config))
 
     def forward(self, x_BSH: Tensor, position_ids_BS: Tensor, cache: Cache | None, query_BSH: Tensor | None) -> Tensor:
-        """Attend.
+        """Apply the sublayer.
 
         Args:
             x_BSH: normalised residual stream: the source of keys and values, and of the queries unless those come from `query_BSH`.
             position_ids_BS: int64, whole sequence.
             cache: keys and values of earlier tokens, while generating.
-            query_BSH: replicated: what the query layer asks with, for the whole sequence or, with a cache, for its last positions only.
+            query_BSH: the query layer's query embedding, replicated, for the whole sequence or, with a cache, for its last positions only.
 
         Returns:
-            The sublayer's output on the residual stream, for the positions that asked.
+            The sublayer's output on the residual stream, for the positions that have a query.
         """
         x_BSH = enter_tensor_parallel(x_BSH, self.context)
         q_BNSD = self._heads(self.q_proj(x_BSH if query_BSH is None else query_BSH))
@@ -114,10 +114,10 @@ class Block(nn.Module):
     """x += attention(LN₁(x)); x += MLP(LN₂(x)). The residual is taken before normalisation.
 
     Args:
-        config: the model.
+        config: the model's configuration.
         context: where the layer runs.
-        options: what this run decides.
-        index: which layer of the model, from 0; its parameters are named `transformer.h.{index}.…`.
+        options: options of this run.
+        index: index of the layer in the model, from 0; its parameters are named `transformer.h.{index}.…`.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext, options: RunOptions, *, index: int) -> None:
@@ -136,7 +136,7 @@ class Block(nn.Module):
         return self._layer(x_BSH, position_ids_BS, cache, query_BSH)
 
     def compile_layer(self) -> None:
-        """Compile what `full` recomputes as one. Recomputing stays outside: it restores random streams, which torch.compile cannot."""
+        """Compile the layer with torch.compile, without recomputation: that restores random streams, which torch.compile cannot do."""
         self.attn.recompute = torch.compiler.disable(recompute)
         self._layer = torch.compile(self._layer)  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""The bottom of the model: word and position embeddings and the dropout of their sum."""
+"""The input of the model: word and position embeddings, and dropout of their sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pangu.model.block import WEIGHT_STD
 
 
 class WordEmbedding(VocabParallelEmbedding):
-    """The word embedding, which is the output layer too."""
+    """The word embedding, which is also the output layer."""
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
         init = Init("normal", WEIGHT_STD)
@@ -20,9 +20,9 @@ class WordEmbedding(VocabParallelEmbedding):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds the embedding of each position to the words and drops the sum.
+    """Adds the embedding of each position to the word embeddings and applies dropout to the sum.
 
-    A module of its own, apart from the words: a pipeline ties whole modules, and only the words are tied.
+    It is a module separate from the word embedding: a pipeline ties whole modules, and only the word embedding is tied.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:

@@ -1,4 +1,4 @@
-"""PanGu-α as one module: ZeRO training without a pipeline, inference, conversion.
+"""PanGu-α as one module, for ZeRO training without a pipeline, inference and conversion.
 
 The pipeline (pangu.engine.pipeline) is built from the same parts and gives the same numbers.
 Shapes: B micro-batch, S sequence, H hidden, V vocabulary.
@@ -26,8 +26,8 @@ class PanguModel(nn.Module):
 
     Args:
         config: sizes and dialect.
-        context: where it runs and how it is split.
-        options: what this run decides; the default serves inference.
+        context: where the model runs and how it is split.
+        options: options of this run; the default is for inference.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext, options: RunOptions | None = None) -> None:
@@ -45,24 +45,24 @@ class PanguModel(nn.Module):
         return language_model_loss(self.wte, self.hidden(tokens_BS, position_ids_BS), labels_BS, loss_mask_BS)
 
     def logits(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
-        """Scores of the next token at every position.
+        """Logits of the next token at every position.
 
         Args:
             tokens_BS: int64, whole sequence on every rank.
             position_ids_BS: int64, the position of each token in its document.
-            caches: one a layer, query layer last, while generating.
+            caches: during generation, one per layer, the query layer last.
 
         Returns:
-            [B, S, V/T]: this rank's slice of the padded vocabulary (`gather_logits` makes it whole).
+            [B, S, V/T]: the logits of this rank's slice of the padded vocabulary (`gather_logits` gathers and trims them).
         """
         return self.wte.logits(self.hidden(tokens_BS, position_ids_BS, caches))
 
     def hidden(
         self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache] | None = None, *, last_only: bool = False
     ) -> Tensor:
-        """What the output layer (`wte.logits`) reads: x_BSH on the residual stream. The arguments are those of `logits`.
+        """The input of the output layer (`wte.logits`): x_BSH on the residual stream. The arguments are those of `logits`.
 
-        With `last_only`, which needs caches, only the last position's: [B, 1, H]. Generation needs no other, and the logits of a whole
+        With `last_only`, which needs caches, only the last position: [B, 1, H]. Generation needs no other, and the logits of a whole
         prompt would be its largest tensor.
         """
         assert caches is not None or not last_only, "what the layers do not compute must come from their caches later"
@@ -81,9 +81,9 @@ def language_model_loss(words: VocabParallelEmbedding, x_BSH: Tensor, labels_BS:
 
     Args:
         words: the output layer.
-        x_BSH: what it reads, on the residual stream.
-        labels_BS: int64.
-        loss_mask_BS: 0 or 1.
+        x_BSH: its input, on the residual stream.
+        labels_BS: int64, the id of the next token at each position.
+        loss_mask_BS: 0 where the token has no loss, else 1.
     """
     x_NH = enter_tensor_parallel(x_BSH, words.context).flatten(0, 1)
     labels_N, mask_N = labels_BS.flatten(), loss_mask_BS.flatten()
@@ -91,6 +91,6 @@ def language_model_loss(words: VocabParallelEmbedding, x_BSH: Tensor, labels_BS:
 
 
 def gather_logits(logits_BSV: Tensor, *, vocab_size: int, group: Group) -> Tensor:
-    """The whole vocabulary's logits from each rank's slice, the padding cut off: [..., V/T] -> [..., V] on every rank."""
+    """Gather each rank's slice of the logits and drop the padding: [..., V/T] -> [..., V] on every rank."""
     masked = mask_padded_ids(logits_BSV, group.rank * logits_BSV.shape[-1], vocab_size)
     return all_gather(masked, group, dim=-1)[..., :vocab_size]

@@ -1,4 +1,4 @@
-"""The query layer: what PanGu-α puts on top of its Transformer (arXiv 2104.12369, section 2.2.2)."""
+"""The query layer on top of PanGu-α's Transformer (arXiv 2104.12369, section 2.2.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pangu.model.block import WEIGHT_STD, Block, Cache, RunOptions
 
 
 class QueryLayer(Block):
-    """A Transformer layer that asks with an embedding of the position instead of with its input.
+    """A Transformer layer whose attention query is an embedding of the position and not a function of its input.
 
     Row i of the query embedding stands for "the token after position i": it is looked up with the same position ids as the tokens, resets
     included, and is neither normalised nor dropped. Keys, values and the residual stream come from the layer's input as in any block.
@@ -27,12 +27,12 @@ class QueryLayer(Block):
     def forward(self, x_BSH: Tensor, position_ids_BS: Tensor, cache: Cache | None = None, query_BSH: Tensor | None = None) -> Tensor:
         """Apply the layer; `query_BSH` defaults to the embedding of each position.
 
-        With a cache it may stand for the last positions only: the layer then gives those, and stores the keys and values of all.
+        With a cache it may cover the last positions only: the layer then returns those, and stores the keys and values of all.
         """
         if query_BSH is None:
             query_BSH = self.query(position_ids_BS)
         return super().forward(x_BSH, position_ids_BS, cache, query_BSH)
 
     def query(self, position_ids_BS: Tensor) -> Tensor:
-        """What the layer asks with at each position: [B, S, H], replicated."""
+        """The query embedding of each position: [B, S, H], replicated."""
         return copy_to_tensor_parallel(self.wqe(position_ids_BS), self.context.tensor)

@@ -125,9 +125,7 @@ def _json_text(line: str, key: str, where: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InputError(
-                f"{where}: half of a surrogate pair (\\ud800 to \\udfff) found in the text. Remove or fix the line."
-            ) from None
+            raise InputError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) found in the text. Remove or fix the line.") from None
     return text
 
 

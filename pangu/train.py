@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 4 -m pangu.train --config ds_configs/quickstart.yaml parallel.tensor=2 parallel.pipeline=2
     deepspeed --num_gpus 4 --module pangu.train --config ds_configs/quickstart.yaml parallel.tensor=2 parallel.pipeline=2
     python -m pangu.train --dry-run --config ds_configs/200B.yaml --world-size 2048
+    python -m pangu.train --print-config --config ds_configs/quickstart.yaml optimizer.lr=1e-3
 
 Start the same command again after an interruption: it goes on from the newest checkpoint.
 """
@@ -27,8 +28,14 @@ def main() -> None:
         prog="python -m pangu.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, type=Path, help="a recipe, such as ds_configs/quickstart.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print parameters and memory a rank; allocates nothing")
-    parser.add_argument("--world-size", type=int, help="number of processes that --dry-run reckons with (default 1)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the recipe, print layout, rank map, parameters and memory per rank, and exit; allocates nothing",
+    )
+    instead.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML, and exit; starts nothing")
+    parser.add_argument("--world-size", type=int, help="number of processes that --dry-run assumes (default 1)")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     arguments = parser.parse_intermixed_args()
@@ -37,6 +44,10 @@ def main() -> None:
             "--world-size goes with --dry-run; a real run has as many processes as its launcher starts (torchrun --nproc-per-node N)."
         )
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(config.to_yaml(), end="")
+        return
     if arguments.dry_run:
         from rich.console import Console
 

@@ -39,6 +39,11 @@ class BlendedDataset:
         self._source = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
         self._index = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
 
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of all sources together, each counted once."""
+        return sum(source.tokens_per_epoch for source in self.sources)
+
     def locate(self, index: int) -> tuple[int, int]:
         """Index of the source, and of the sample within that source, for sample `index` of the blend."""
         period, place = divmod(index, PERIOD)

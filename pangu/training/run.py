@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from rich.console import Console
-
 from megatron_ext import accelerator
 from megatron_ext.collectives import barrier, shutdown
 from megatron_ext.context import ParamInit
@@ -27,7 +25,7 @@ from pangu.text.tokenizer import PanguTokenizer
 from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, load_checkpoint
 from pangu.training.loop import TrainingLoop
 from pangu.training.metrics import Metrics
-from pangu.training.overview import print_report
+from pangu.training.overview import stage_reports, summary
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
@@ -43,7 +41,8 @@ def run_training(config: Config, layout: RunLayout) -> None:
     # All that can be refused is refused before any process waits for another.
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
-        print_report(config, layout, Console(soft_wrap=True, highlight=False), CPU if accelerator.name() == "cpu" else ACCELERATOR)
+        platform = CPU if accelerator.name() == "cpu" else ACCELERATOR
+        print(*summary(config, layout, stage_reports(config, layout, platform)), sep="\n", flush=True)
     if not accelerator.supports(config.train.precision):
         raise InputError(
             f"train.precision = {config.train.precision}: {accelerator.device_name()} does not train in it. "
@@ -93,6 +92,9 @@ def _run(
         (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     metrics = Metrics(config, progress.step) if groups.world.rank == 0 else None
     if metrics:
+        epochs = config.train.steps * config.train.global_batch_size * config.train.sequence_length / training.tokens_per_epoch
+        metrics.say(f"data: {training.tokens_per_epoch:,} tokens, read {epochs:.3g} times in {config.train.steps} steps")
+        metrics.say(f"run: {config.run.dir} (config.yaml, metrics.jsonl)")
         start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
         metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
     try:

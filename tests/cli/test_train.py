@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.tiny_run import figures, values, write_recipe
 
+from pangu.config import load_config
 from pangu.conversion import huggingface
 from pangu.conversion.weights import Overrides
 from pangu.train import main as train_program
@@ -48,6 +49,7 @@ def alone(recipe: Path) -> Path:
     assert result.returncode == 0, result.stderr
     assert "parameters: " in result.stdout
     assert "layout: 1 processes" in result.stdout
+    assert max(map(len, result.stdout.splitlines()[:4])) <= 80 and "num_layers:" not in result.stdout
     return run_dir
 
 
@@ -158,6 +160,18 @@ def test_refusal_ends_a_launched_program_with_code_2(recipe: Path, tmp_path: Pat
     result = launch(PYTHON, recipe, tmp_path / "run", "checkpoint.resume=missing")
     assert result.returncode == 2
     assert result.stderr.startswith("error: checkpoint.resume = missing: it has no readable manifest.json")
+
+
+def test_the_resolved_configuration_is_printed_and_nothing_started(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(recipe), f"run.dir={tmp_path / 'run'}", "train.steps=9", "--print-config"]
+    monkeypatch.setattr(sys, "argv", ["pangu.train", *words])
+    train_program()
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config(recipe, words[2:4])
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_of_the_200b_plan(recipe: Path) -> None:

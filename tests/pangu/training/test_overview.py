@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from helpers.harness import run_distributed
@@ -11,12 +12,15 @@ from helpers.layouts import small_config, start
 from rich.console import Console
 
 from megatron_ext.sharding import canonical_parameters
+from megatron_ext.topology import Order, Topology
 from pangu.config import Config
 from pangu.config.layout import resolve
 from pangu.config.presets import MODEL_PRESETS
 from pangu.config.sizes import flops_per_token, num_parameters
 from pangu.model.block import Block
-from pangu.training.overview import print_report, stage_reports
+from pangu.training.overview import print_report, rank_map, stage_reports
+
+ROOT = Path(__file__).parents[3]
 
 
 def large(preset: str, **parallel: Any) -> Config:
@@ -96,17 +100,76 @@ def test_stages_are_what_deepspeed_builds() -> None:
         assert len(names) == 16 * 5 + 5  # every parameter of the model is somewhere
 
 
-def test_the_printed_report_shows_configuration_layout_and_stages() -> None:
-    config = small_config(parallel={"tensor": 2, "pipeline": 2})
+def report(config: Config, world_size: int) -> str:
     out = io.StringIO()
-    print_report(config, layout := resolve(config, 4), Console(file=out, soft_wrap=True))
-    text = out.getvalue()
-    assert "num_layers: 4" in text and "global_batch_size: 8" in text
-    assert "4 processes = tensor 2 x pipeline 2 x data 1, ZeRO-1, recompute none, 4 micro-batches of 2 a step" in text
-    assert f"parameters: {num_parameters(config.model):,} in all" in text
+    print_report(config, resolve(config, world_size), Console(file=out, soft_wrap=True))
+    return out.getvalue()
+
+
+def test_the_printed_report_shows_layout_and_stages() -> None:
+    config = small_config(parallel={"tensor": 2, "pipeline": 2})
+    text = report(config, 4)
+    assert f"parameters: {num_parameters(config.model):,} in all; 4 layers, hidden 32, 4 heads, fp32\n" in text
+    assert "layout: 4 processes = tensor 2 x pipeline 2 x data 1, ZeRO-1\n" in text
+    assert "batch: 8 samples of 16 tokens = 4 micro-batches of 2 x data 1\n" in text
+    assert "recompute none\n" in text
     rows = [line.split() for line in text.splitlines()[-2:]]
-    for stage, (row, report) in enumerate(zip(rows, stage_reports(config, layout), strict=True)):
-        assert row[:3] == [str(stage), str(report.layers), f"{report.parameters:,}"]
+    for stage, (row, expected) in enumerate(zip(rows, stage_reports(config, resolve(config, 4)), strict=True)):
+        memory, states = expected.memory, expected.memory.states
+        assert row[:3] == [str(stage), str(expected.layers), f"{expected.parameters:,}"]
+        kinds = (states.weights, states.gradients, states.optimizer, states.buffers, memory.activations + memory.recomputed)
+        *in_mib, total = [value / 2**20 for value in (*kinds, memory.logits, memory.peak, memory.total)]
+        assert [float(cell) for cell in row[3:-1]] == pytest.approx(in_mib, abs=0.00501)
+        assert float(row[-1]) == pytest.approx(total, abs=0.501)
+
+
+@pytest.mark.parametrize("order", get_args(Order))
+@pytest.mark.parametrize("preset", MODEL_PRESETS)
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data"), [(1, 1, 1), (1, 1, 64), (8, 1, 128), (8, 16, 16), (8, 4, 4), (1, 16, 4), (8, 16, 640)]
+)
+def test_a_report_is_80_columns_wide(preset: str, tensor: int, pipeline: int, data: int, order: str) -> None:
+    config = large(preset, tensor=tensor, pipeline=pipeline, order=order)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 64 * data})})
+    assert max(map(len, report(config, tensor * pipeline * data).splitlines())) <= 80
+
+
+def test_what_is_offloaded_is_said() -> None:
+    offloaded = small_config().model_copy(update={"deepspeed": ROOT / "ds_configs/zero1-offload.json"})
+    assert "in host memory: " in report(offloaded, 1) and "in host memory: " not in report(small_config(), 1)
+
+
+def cells(drawn: str) -> dict[tuple[int, int], range]:
+    """(stage, replica) -> ranks, read from a rank map."""
+    _, heading, *lines = drawn.splitlines()
+    replicas = heading.replace("data ", "").split()
+    found = {}
+    for name, line in ((line.split()[1], line.split()[2:]) for line in lines if line.startswith("stage")):
+        for replica, cell in zip(replicas, line, strict=True):
+            if replica != "...":
+                first, _, last = cell.partition("-")
+                found[int(name), int(replica)] = range(int(first), int(last or first) + 1)
+    return found
+
+
+@pytest.mark.parametrize("order", get_args(Order))
+@pytest.mark.parametrize(("tensor", "pipeline", "data"), [(1, 1, 2), (2, 2, 2), (4, 3, 2), (1, 4, 1), (8, 16, 16), (2, 3, 500)])
+def test_the_rank_map_is_the_topologys(tensor: int, pipeline: int, data: int, order: Order) -> None:
+    topology = Topology(tensor, pipeline, data, order)
+    drawn = rank_map(topology)
+    found = cells(drawn)
+    for (stage, replica), ranks in found.items():
+        assert [topology.coordinates(rank) for rank in ranks] == [(stage, replica, number) for number in range(tensor)]
+    assert {(0, 0), (pipeline - 1, data - 1)} <= found.keys()  # the corners are there even where the middle is left out
+    assert ("..." in drawn) == (len(found) < pipeline * data)
+    if pipeline * data <= 16:
+        assert len(found) == pipeline * data
+
+
+@pytest.mark.parametrize("order", get_args(Order))
+def test_the_documented_rank_maps_are_those_that_are_drawn(order: Order) -> None:
+    page = (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
+    assert f"```text\n{rank_map(Topology(2, 2, 2, order))}\n```" in page
 
 
 def test_flops_of_a_token() -> None:

@@ -6,6 +6,7 @@ import gc
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +26,13 @@ from pangu.errors import InputError
 from pangu.training.anomalies import HISTORY, Policy, decide, fault_of, loss_limit
 from pangu.training.checkpoint import CheckpointSaver, Progress, load_checkpoint, verify
 from pangu.training.learning_rate import learning_rate
-from pangu.training.metrics import Metrics
+from pangu.training.metrics import Metrics, peak_memory_bytes
 from pangu.training.step_profile import StepProfile
 from pangu.training.stopping import StopRequest
 from pangu.training.stragglers import StragglerReport
+
+PACE_STEPS = 100
+"""Steps that the time left is judged by."""
 
 
 class TrainingLoop:
@@ -64,6 +68,8 @@ class TrainingLoop:
         self._peak = accelerator.peak_flops()
         self._rollbacks = 0
         """Returns to `_checkpoint`."""
+        self._ends: deque[float] = deque(maxlen=PACE_STEPS + 1)
+        """When the last steps were done; evaluations and checkpoints lie between them."""
 
     def run(self) -> str | None:
         """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
@@ -106,7 +112,8 @@ class TrainingLoop:
         limit = loss_limit(progress.recent_losses, config.train.spike_factor)
         result = engine.train_step(batches, rate, limit)
         accelerator.synchronize()
-        seconds = time.perf_counter() - began
+        self._ends.append(time.perf_counter())
+        seconds = self._ends[-1] - began
         progress.step += 1
         progress.consumed_samples += config.train.global_batch_size
         progress.consumed_tokens += config.train.global_batch_size * config.train.sequence_length
@@ -195,6 +202,8 @@ class TrainingLoop:
         """One step's line of metrics.jsonl."""
         config, progress = self._config, self._progress
         speed = config.train.global_batch_size * config.train.sequence_length / seconds
+        # The first step of a process warms up and says nothing of the later ones.
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else None
         return {
             "step": progress.step,
             "loss": result.loss if math.isfinite(result.loss) else None,
@@ -204,6 +213,9 @@ class TrainingLoop:
             "consumed_tokens": progress.consumed_tokens,
             "step_seconds": seconds,
             "tokens_per_second": speed,
+            "seconds_left": pace * (config.train.steps - progress.step) if pace is not None else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "consumed_epochs": progress.consumed_tokens / self._training.tokens_per_epoch,
             "mfu": speed
             * flops_per_token(config.model, config.train.sequence_length)
             / (self._peak * self._engine.groups.topology.world_size)

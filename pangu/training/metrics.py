@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from megatron_ext import accelerator
 from pangu.config import Config
 
 
@@ -22,7 +26,7 @@ class Metrics:
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
-        self._config = config
+        self._config, self._first_step, self._lines = config, first_step, 0
         directory = config.run.dir
         directory.mkdir(parents=True, exist_ok=True)
         # One write a line, at the end of the file: a kill can cut only the last line, and a resumed run appends.
@@ -31,20 +35,24 @@ class Metrics:
         self._tensorboard = _summary_writer(directory / "tensorboard", first_step) if config.run.tensorboard else None
         self._progress: Progress | None = None
         if sys.stdout.isatty():
-            self._progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()
-            )
+            self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}"))
             self._task = self._progress.add_task("train", total=config.train.steps, completed=first_step, figures="")
             self._progress.start()
 
     def step(self, figures: dict[str, Any]) -> None:
         """Record one optimizer step; `figures["step"]` counts the steps done."""
         self._record(figures)
-        text = "  ".join(f"{label} {figures[key]:{form}}" for key, label, form in _SHOWN if figures.get(key) is not None)
+        step, last = figures["step"], self._config.train.steps
         if self._progress is not None:
-            self._progress.update(self._task, completed=figures["step"], figures=text)
-        elif figures["step"] % self._config.run.log_every == 0 or figures["step"] == self._config.train.steps:
-            print(f"step {figures['step']}/{self._config.train.steps}  {text}", flush=True)
+            text = f"loss {_LOSS.cell(figures)}  {_SPEED.cell(figures)} tokens/s  {_LEFT.cell(figures)} left"
+            self._progress.update(self._task, completed=step, figures=text)
+        if step in (self._first_step + 1, last) or step % self._config.run.log_every == 0:
+            columns = [column for column in _COLUMNS if column.key not in _OPTIONAL or figures.get(column.key) is not None]
+            width = len(f"{last}/{last}")
+            if self._lines % HEADING_EVERY == 0:
+                self.say(" ".join(["step".ljust(width), *(column.name.rjust(column.width) for column in columns)]))
+            self.say(" ".join([f"{step}/{last}".ljust(width), *(column.cell(figures).rjust(column.width) for column in columns)]))
+            self._lines += 1
 
     def evaluation(self, figures: dict[str, Any]) -> None:
         """Record an evaluation."""
@@ -79,14 +87,55 @@ class Metrics:
                     self._tensorboard.add_scalar(key, value, figures["step"])
 
 
-_SHOWN = (
-    ("loss", "loss", ".4f"),
-    ("grad_norm", "grad norm", ".3f"),
-    ("learning_rate", "lr", ".2e"),
-    ("tokens_per_second", "tokens/s", ",.0f"),
-    ("mfu", "MFU", ".1%"),
-    ("loss_scale", "loss scale", ".0f"),
+HEADING_EVERY = 20
+"""Lines of figures under one heading."""
+
+
+class _Column(NamedTuple):
+    """A figure on the terminal."""
+
+    key: str
+    name: str
+    width: int
+    text: Callable[[float], str]
+
+    def cell(self, figures: dict[str, Any]) -> str:
+        """The figure, or a dash where there is none."""
+        value = figures.get(self.key)
+        return "-" if value is None else self.text(value)
+
+
+def _duration(seconds: float) -> str:
+    """A time in at most six characters: 3:20, 2h05m, 12d03h."""
+    minutes, hours, days = (int(seconds // unit) for unit in (60, 3600, 86400))
+    if not hours:
+        return f"{minutes}:{int(seconds % 60):02}"
+    return f"{days}d{hours % 24:02}h" if days else f"{hours}h{minutes % 60:02}m"
+
+
+def _memory(num_bytes: float) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:.{1 if gib < 99.95 else 0}f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _scale(scale: float) -> str:
+    power = math.log2(scale)
+    return f"2^{power:.0f}" if power.is_integer() else f"{scale:.3g}"
+
+
+_COLUMNS = (
+    _LOSS := _Column("loss", "loss", 7, "{:.4f}".format),
+    _Column("learning_rate", "lr", 7, "{:.1e}".format),
+    _Column("grad_norm", "norm", 5, lambda norm: f"{norm:.3g}" if norm < 1000 else f"{norm:.0e}"),
+    _SPEED := _Column("tokens_per_second", "tokens/s", 9, "{:,.0f}".format),
+    _LEFT := _Column("seconds_left", "left", 6, _duration),
+    _Column("peak_memory_bytes", "memory", 8, _memory),
+    _Column("consumed_epochs", "epochs", 6, lambda epochs: f"{epochs:.{2 if epochs >= 1 else 4}f}"),
+    _Column("mfu", "MFU", 5, "{:.1%}".format),
+    _Column("loss_scale", "scale", 5, _scale),
 )
+"""What a line shows: 80 columns with up to 999,999 steps. The last two are left out where they are not known."""
+_OPTIONAL = ("mfu", "loss_scale")
 
 
 def _end_last_line(file: Any, path: Path) -> None:
@@ -104,3 +153,15 @@ def _summary_writer(directory: Path, first_step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(directory), purge_step=first_step + 1)
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory this process has had: tensors on the accelerator, on the CPU all that was resident; None where nothing tells it."""
+    if allocated := accelerator.max_memory_allocated():
+        return allocated
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    peak = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return 1024 * int(peak[1]) if peak else None

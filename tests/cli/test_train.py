@@ -17,6 +17,7 @@ from helpers.tiny_run import figures, values, write_recipe
 from pangu.config import load_config
 from pangu.conversion import huggingface
 from pangu.conversion.weights import Overrides
+from pangu.data.indexed import IndexedDataset
 from pangu.train import main as train_program
 
 BIN = Path(sys.executable).parent
@@ -58,8 +59,13 @@ def test_one_process_writes_what_is_promised(alone: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     expected = {"step", "loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "step_seconds", "tokens_per_second"}
     assert expected <= lines[-1].keys()
+    assert "seconds_left" not in lines[0] and lines[1]["seconds_left"] > lines[-1]["seconds_left"] == 0.0
+    assert lines[-1]["peak_memory_bytes"] >= lines[0]["peak_memory_bytes"] > 2**25
     assert lines[-1]["consumed_samples"] == 48
     assert lines[-1]["consumed_tokens"] == 48 * 16
+    held_out = 20  # of 200 documents
+    tokens = IndexedDataset(alone.parent / "corpus").sizes[:-held_out].sum()
+    assert lines[-1]["consumed_epochs"] == pytest.approx(48 * 16 / tokens)
     assert len(values(alone, "validation_perplexity")) == 2
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "weights"} <= {path.name for path in alone.iterdir()}
 

@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.layouts import small_config
 
 from pangu.config import Config
-from pangu.training.metrics import Metrics
+from pangu.training.metrics import HEADING_EVERY, Metrics, peak_memory_bytes
 
 
 def run_in(directory: Path, **run: Any) -> Config:
@@ -97,18 +98,60 @@ def test_an_evaluation_is_a_line_of_its_own(tmp_path: Path, capsys: pytest.Captu
     assert "validation loss 2.0000  perplexity 7.39" in capsys.readouterr().out
 
 
-def test_the_screen_gets_every_nth_step_and_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_screen_gets_the_first_every_nth_and_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path, range(1, 21), log_every=8)
-    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert shown == ["8/20", "16/20", "20/20"]
+    heading, *shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert heading == "step" and shown == ["1/20", "8/20", "16/20", "20/20"]
     assert len(lines(tmp_path)) == 20
+    record(tmp_path, range(11, 13), log_every=8)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "11/20"]  # the first after a resumption
 
 
-def test_a_line_on_the_screen_names_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = Metrics(run_in(tmp_path), 0)
-    metrics.step(figures(4, mfu=0.4321, tokens_per_second=12345.6))
+def test_the_heading_is_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, range(1, HEADING_EVERY + 2))
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert [number for number, word in enumerate(shown) if word == "step"] == [0, HEADING_EVERY + 1]
+
+
+def test_a_line_on_the_screen_has_its_figures_under_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(run_in(tmp_path, log_every=4), 0)
+    known = {"seconds_left": 7500.0, "peak_memory_bytes": 3 * 2**29, "consumed_epochs": 0.0123}
+    metrics.step(figures(1))
+    metrics.step(figures(4, mfu=0.4321, tokens_per_second=12345.6, loss_scale=65536.0, **known))
     metrics.close()
-    assert capsys.readouterr().out == "step 4/20  loss 2.5000  grad norm 0.500  lr 1.00e-04  tokens/s 12,346  MFU 43.2%\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "step     loss      lr  norm  tokens/s   left   memory epochs",
+        "1/20  10.0000 1.0e-04   0.5       512      -        -      -",
+        "4/20   2.5000 1.0e-04   0.5    12,346  2h05m  1.5 GiB 0.0123 43.2%  2^16",
+    ]
+
+
+def test_a_line_on_the_screen_is_80_columns_wide_in_the_longest_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(run={"dir": str(tmp_path), "tensorboard": False}, train={"steps": 999_999})
+    metrics = Metrics(config, 999_998)
+    large = {"seconds_left": 99.9 * 86400, "peak_memory_bytes": 139.9 * 2**30, "consumed_epochs": 123.456, "mfu": 0.4321}
+    metrics.step(figures(999_999, loss=12.34567, grad_norm=1234.5, tokens_per_second=9_999_999.0, loss_scale=2.0**32, **large))
+    metrics.close()
+    assert [len(line) for line in capsys.readouterr().out.splitlines()] == [80, 80]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0:00"), (59.9, "0:59"), (3599.0, "59:59"), (3600.0, "1h00m"), (90000.0, "1d01h"), (1e7, "115d17h")]
+)
+def test_a_time_that_is_left(seconds: float, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(run_in(tmp_path), 0)
+    metrics.step(figures(1, seconds_left=seconds))
+    metrics.close()
+    assert capsys.readouterr().out.splitlines()[-1].split()[5] == text
+
+
+def test_the_peak_of_memory_is_this_processs_own() -> None:
+    before = peak_memory_bytes()
+    ballast = np.ones(2**26, np.int8)
+    after = peak_memory_bytes()
+    assert before is not None and after is not None and 2**25 < before <= after < 2**36
+    del ballast
+    assert (peak_memory_bytes() or 0) > after - 2**20  # the kernel counts pages roughly, but it has not forgotten 64 MiB
 
 
 def test_tensorboard_holds_the_same_figures(tmp_path: Path) -> None:

@@ -225,6 +225,25 @@ def find_checkpoint(config: Config, world: Group) -> Path | None:
     return None
 
 
+def finished_step(config: Config) -> int | None:
+    """The step of the newest checkpoint, if it is the run's last one and the weights were written after it; None where work remains.
+
+    Needs no other rank. A run of another model is not finished: loading will refuse it.
+    """
+    root, weights = config.checkpoint_dir, config.run.dir / "weights" / "config.json"
+    steps = complete_steps(root)
+    newest = (step_number(steps[-1]) or 0) if steps else 0
+    if config.checkpoint.resume != "auto" or newest < config.train.steps:
+        return None
+    manifest = root / steps[-1] / MANIFEST
+    try:
+        identity = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+        is_older = weights.stat().st_mtime < manifest.stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if is_older or _differences(identity, _model_identity(config)) else newest
+
+
 def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     """Continue from a checkpoint: weights, optimizer, loss scale, random streams and progress. Every rank must call this.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_ext import accelerator
-from megatron_ext.collectives import barrier, shutdown
+from megatron_ext.collectives import barrier, broadcast_object, shutdown
 from megatron_ext.context import ParamInit
 from megatron_ext.initialize import random_weights
 from megatron_ext.sharding import canonical_parameters
@@ -22,7 +22,7 @@ from pangu.engine.engine import TrainingEngine
 from pangu.errors import InputError, explain
 from pangu.planner.memory import ACCELERATOR, CPU
 from pangu.text.tokenizer import PanguTokenizer
-from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, load_checkpoint
+from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, finished_step, load_checkpoint
 from pangu.training.loop import TrainingLoop
 from pangu.training.metrics import Metrics
 from pangu.training.overview import stage_reports, summary
@@ -40,7 +40,8 @@ def run_training(config: Config, layout: RunLayout) -> None:
     """
     # All that can be refused is refused before any process waits for another.
     is_first = os.environ.get("RANK", "0") == "0"
-    if is_first:
+    finished = finished_step(config) if is_first else None
+    if is_first and finished is None:
         platform = CPU if accelerator.name() == "cpu" else ACCELERATOR
         print(*summary(config, layout, stage_reports(config, layout, platform)), sep="\n", flush=True)
     if not accelerator.supports(config.train.precision):
@@ -67,8 +68,16 @@ def run_training(config: Config, layout: RunLayout) -> None:
     names = Groups.from_topology(layout.topology, found.rank)
     with Watchdog(found, names, config.run.dir, patience, explain, packages={"megatron_ext", "pangu"}) as watchdog:
         groups = Groups.create(layout.topology, timeout)
-        with claim_directory(config, groups.world):
-            _run(config, layout, groups, watchdog, initial_weights, training, validation)
+        if (step := broadcast_object(finished, groups.world)) is None:
+            with claim_directory(config, groups.world):
+                _run(config, layout, groups, watchdog, initial_weights, training, validation)
+        elif is_first:
+            unprofiled = f" train.profile = {config.train.profile}: nothing is recorded." if config.train.profile else ""
+            print(
+                f"complete: {step} of {config.train.steps} steps are done, weights in {config.run.dir / 'weights'}. Raise train.steps to "
+                f"go on, or set run.dir to another directory to start anew.{unprofiled}",
+                flush=True,
+            )
         shutdown()
 
 
@@ -97,6 +106,8 @@ def _run(
         metrics.say(f"run: {config.run.dir} (config.yaml, metrics.jsonl)")
         start = f"resumed from {checkpoint} at step {progress.step}" if checkpoint else "starting"
         metrics.say(f"{start}; optimizer {engine.optimizer_name}; {accelerator.device_name()}, {accelerator.backend()}")
+        if (profiled := config.train.profiled_steps) and profiled[-1] <= progress.step:
+            metrics.say(f"train.profile = {config.train.profile}: these steps are done, so nothing is recorded. Name later ones.")
     try:
         stopped_by = TrainingLoop(engine, progress, checkpoint, training, validation, metrics, watchdog).run()
         if stopped_by:

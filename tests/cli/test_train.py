@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pangu.conversion import huggingface
 from pangu.conversion.weights import Overrides
 from pangu.data.indexed import IndexedDataset
 from pangu.train import main as train_program
+from pangu.training.checkpoint import finished_step
 
 BIN = Path(sys.executable).parent
 PYTHON = [sys.executable, "-m", "pangu.train"]
@@ -115,6 +117,43 @@ def test_interrupted_run_saves_and_goes_on_bit_for_bit(recipe: Path, tmp_path: P
     assert values(broken, "step") == list(range(1, 31))
     expected = weights(unbroken)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(broken).items())
+
+
+def test_a_complete_run_says_so_and_does_nothing(recipe: Path, alone: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone, run_dir)  # keeps the times of the files
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+    before = contents()
+    again = launch([*TORCHRUN, "2", "-m", "pangu.train"], recipe, run_dir, "train.profile=2:4", "parallel.tensor=2")
+    assert again.returncode == 0, again.stderr
+    (line,) = again.stdout.splitlines()
+    assert line.startswith(f"complete: 6 of 6 steps are done, weights in {run_dir / 'weights'}.")
+    assert line.endswith("train.profile = 2:4: nothing is recorded.")
+    assert contents() == before
+
+    shutil.rmtree(run_dir / "weights")  # as if it had been ended before it could write them
+    again = launch(PYTHON, recipe, run_dir, "train.profile=2:4")
+    assert again.returncode == 0 and f"trained 6 steps, 768 tokens; weights in {run_dir / 'weights'}\n" in again.stdout
+    assert "train.profile = 2:4: these steps are done, so nothing is recorded." in again.stdout
+    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(run_dir).items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "finished"),
+    [([], 6), (["train.steps=5"], 6), (["train.steps=7"], None), (["checkpoint.resume=never"], None), (["model.gelu=erf"], None)],
+    ids=str,
+)
+def test_when_a_run_is_complete(recipe: Path, alone: Path, overrides: list[str], finished: int | None) -> None:
+    assert finished_step(load_config(recipe, [f"run.dir={alone}", *overrides])) == finished
+
+
+def test_weights_that_are_older_than_the_last_checkpoint_do_not_make_a_run_complete(recipe: Path, alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "run")
+    os.utime(tmp_path / "run/weights/config.json", (0, 0))
+    assert finished_step(load_config(recipe, [f"run.dir={tmp_path / 'run'}"])) is None
 
 
 def test_a_new_run_starts_from_weights(recipe: Path, alone: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ sequence parallelism: arXiv 2205.05198, section 4.2.2):
 |---|---|
 | copy_to_tensor_parallel: nothing | all-reduce |
 | reduce_from_tensor_parallel: all-reduce | nothing |
-| gather_from_tensor_parallel: all-gather | split |
 | scatter_to_sequence_parallel: split | all-gather |
 | gather_from_sequence_parallel: all-gather | reduce-scatter |
 | reduce_scatter_to_sequence_parallel: reduce-scatter | all-gather |
@@ -72,99 +71,53 @@ def split(x: Tensor, group: Group, dim: int) -> Tensor:
     return x.narrow(dim, group.rank * width, width).contiguous()
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+def _sum(x: Tensor, group: Group, dim: int) -> Tensor:
+    return all_reduce(x.contiguous().clone(), group)  # a copy: others may hold an input or a gradient
+
+
+def _same(x: Tensor, group: Group, dim: int) -> Tensor:
+    return x  # autograd makes a view of an input that comes back as it is
+
+
+_Collective = Callable[[Tensor, Group, int], Tensor]
+
+
+class _Conjugate(torch.autograd.Function):
+    """One collective forward, and on the gradient the one that is conjugate to it."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.contiguous().clone(), ctx.group), None  # a gradient may be shared: never reduce it in place
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x.contiguous().clone(), group)
+    def forward(ctx: Any, x: Tensor, forward: _Collective, backward: _Collective, group: Group, dim: int) -> Tensor:
+        ctx.collective, ctx.group, ctx.dim = backward, group, dim
+        return forward(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return split(grad, ctx.group, ctx.dim), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return split(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grad, ctx.group, ctx.dim), None, None
-
-
-class _GatherReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter(grad, ctx.group, ctx.dim), None, None
-
-
-class _ReduceScatterGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return reduce_scatter(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grad, ctx.group, ctx.dim), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.collective(grad, ctx.group, ctx.dim), None, None, None, None
 
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """A replicated `x` enters computations that each rank does a part of; the gradient is the sum of the parts."""
-    return _Copy.apply(x, group) if group.size > 1 else x
+    return _Conjugate.apply(x, _same, _sum, group, 0) if group.size > 1 else x
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """The sum of every rank's part; the gradient is the same on all ranks and passes through."""
-    return _Reduce.apply(x, group) if group.size > 1 else x
-
-
-def gather_from_tensor_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
-    """All ranks' slices along `dim`, for a consumer that does the same on every rank; each rank takes back its slice of the gradient."""
-    return _Gather.apply(x, group, dim) if group.size > 1 else x
+    return _Conjugate.apply(x, _sum, _same, group, 0) if group.size > 1 else x
 
 
 def scatter_to_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's slice along `dim` of a replicated `x`."""
-    return _Scatter.apply(x, group, dim) if group.size > 1 else x
+    return _Conjugate.apply(x, split, all_gather, group, dim) if group.size > 1 else x
 
 
 def gather_from_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
     """All ranks' slices along `dim`, entering computations that each rank does a part of; the gradient's parts are summed and split."""
-    return _GatherReduceScatter.apply(x, group, dim) if group.size > 1 else x
+    return _Conjugate.apply(x, all_gather, reduce_scatter, group, dim) if group.size > 1 else x
 
 
 def reduce_scatter_to_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's slice along `dim` of the sum of every rank's part."""
-    return _ReduceScatterGather.apply(x, group, dim) if group.size > 1 else x
+    return _Conjugate.apply(x, reduce_scatter, all_gather, group, dim) if group.size > 1 else x
 
 
 def is_initialized() -> bool:

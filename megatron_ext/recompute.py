@@ -1,4 +1,7 @@
-"""Rematerialization: drop activations in the forward pass and compute them again in the backward pass, bit for bit."""
+"""Rematerialization: drop activations in the forward pass and compute them again in the backward pass, bit for bit.
+
+A model recomputes its core attention only (`selective`, arXiv 2205.05198, section 5) or whole layers (`full`).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.random import RngStreams
-
-MODES = ("none", "selective", "full")
-"""`selective` recomputes core attention only (arXiv 2205.05198, section 5); `full` recomputes whole layers."""
 
 
 def recompute(function: Callable[..., Tensor], *args: object, rng: RngStreams) -> Tensor:

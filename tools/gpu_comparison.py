@@ -1,14 +1,18 @@
 """How much of a GPU training uses, next to the peers that are installed: minutes on a machine with one.
 
     python tools/gpu_comparison.py --output gpu.json
-    python tools/gpu_comparison.py --install --compile --output gpu-compiled.json
+    python tools/gpu_comparison.py --compile --output gpu-compiled.json
     python tools/gpu_comparison.py --only 2.6B --batch 8 --output gpu-2.6B.json
 
-trains the 350M and the 2.6B model in bf16 on sequences of 1024 without recomputation or dropout: as pangu.train does with ZeRO-0 and
+It runs from this source with this project's own dependencies. The peers are installed beforehand:
+
+    pip install "transformers>=5.4,<6" megatron-core
+
+It trains the 350M and the 2.6B model in bf16 on sequences of 1024 without recomputation or dropout: as pangu.train does with ZeRO-0 and
 ZeRO-1, in a plain loop without the engine, and transformers' GPT-2 of equal shape; megatron-core's GPT too if it is installed (its local
 layers, which need neither Transformer Engine nor apex). One after the other, each in a process of its own. It prints tokens a second, peak
 memory and MFU, the share of the device's peak in operations counted as pangu.config.sizes.flops_per_token does, and writes all of it
-as one JSON object. A peer that fails, for it needs more memory, is left out and named.
+as one JSON object. A peer that fails, for it needs more memory, is left out and named; without megatron-core the others are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,12 +88,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, metavar="N", help="samples a step; default: 16 for 350M, 4 for 2.6B")
     parser.add_argument("--repeats", type=int, default=30, metavar="N", help="steps of each, after ten (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="all with torch.compile; takes minutes more")
-    parser.add_argument("--install", action="store_true", help="let pip install what is missing, megatron-core too")
     arguments = parser.parse_args()
-    if arguments.install and (wanted := missing({**NEEDED, **PEERS, **OPTIONAL})):
-        subprocess.run([sys.executable, "-m", "pip", "install", *wanted], check=True)
     if lacking := missing({**NEEDED, **PEERS}):
-        print(f"error: not installed: {' '.join(lacking)}. Run pip install {' '.join(lacking)}, or give --install.", file=sys.stderr)
+        print(f"error: not installed: {' '.join(lacking)}. Run pip install {' '.join(lacking)}.", file=sys.stderr)
         sys.exit(2)
     if lacking := missing(OPTIONAL):
         print(f"not compared with {' '.join(lacking)}, which is not installed", file=sys.stderr)

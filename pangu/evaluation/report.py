@@ -14,8 +14,6 @@ from pangu.evaluation.answering import Record, answer_metrics
 from pangu.evaluation.metrics import bootstrap, wilson
 from pangu.evaluation.tasks import Task
 
-BASELINES = ("random", "majority")
-
 
 def figures(task: Task, records: Sequence[Record], seed: int, vocab_size: int) -> list[dict[str, Any]]:
     """The figures of a task: of all examples, and of each subset where there are several.

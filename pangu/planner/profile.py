@@ -17,8 +17,8 @@ from pangu.config import Count, Section
 from pangu.config.parsing import read_model
 from pangu.errors import InputError
 from pangu.files import write_durably
+from pangu.planner.hardware import Positive
 
-Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 

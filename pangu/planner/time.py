@@ -19,9 +19,8 @@ from pangu.planner.hardware import Cluster
 from pangu.planner.network import Network
 from pangu.planner.plan import Plan, Recompute, Workload
 from pangu.planner.profile import Profile
-from pangu.planner.states import BYTES
+from pangu.planner.states import BYTES, FP32_BYTES
 
-FP32_BYTES = 4
 OPERATORS = 20
 """Kernels that the forward pass of a layer starts; the backward pass starts twice as many."""
 ADAM_BYTES = 30

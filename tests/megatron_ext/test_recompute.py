@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import random_weights
 from megatron_ext.random import RngStreams
-from megatron_ext.recompute import MODES, recompute
+from megatron_ext.recompute import recompute
 from megatron_ext.sharding import canonical_parameters
 from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import SINGLE, Coordinates, Group, Groups, Topology
@@ -63,7 +63,7 @@ def naive(function: Callable[..., Tensor], *args: object, rng: RngStreams) -> Te
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_recompute_changes_no_bit(mode: str, attention: str) -> None:
     expected = run("none", SINGLE, sequence_parallel=False, attention=attention)
     assert differing(run(mode, SINGLE, sequence_parallel=False, attention=attention), expected) == []

@@ -5,8 +5,11 @@ VENV   ?= .venv
 PIP_FLAGS ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+DOCS_READY := $(VENV)/.installed-docs
+# What the documentation site holds: pages, and what they link to.
+DOCS   := README.md README.zh-CN.md CONTRIBUTING.md CHANGELOG.md LICENSE docs tests
 
-.PHONY: demo test test-slow soak check format install clean
+.PHONY: demo test test-slow soak check format docs install clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -30,12 +33,21 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_READY)
+	rm -rf build/pages && mkdir -p build/pages
+	ln -s $(addprefix $(CURDIR)/,$(DOCS)) build/pages
+	$(BIN)/mkdocs build --strict
+
 install: $(READY)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d found, 3.10 or newer expected: set PYTHON=..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	@touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[docs]"
 	@touch $@
 
 clean:

@@ -32,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
-
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls the keys and values of earlier tokens: `cache` since 5.24. Either name is taken, and its own given back."""
 
@@ -86,19 +85,11 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_mask(
-    position_ids_BS: Tensor,
-    attention_mask_BK: Tensor | None,
-    past: int | Tensor,
-    past_key_values: Cache | None,
-    *,
-    eager: bool,
-    dtype: torch.dtype,
+    position_ids_BS: Tensor, attention_mask_BK: Tensor | None, past: int | Tensor, cache: Cache | None, *, eager: bool, dtype: torch.dtype
 ) -> Tensor:
     """`visible_keys` as the attention in use takes it, with as many keys as the cache will give."""
-    if past_key_values is not None and past_key_values.is_compileable:
-        num_keys = past_key_values.layers[0].max_cache_len  # type: ignore[union-attr]
-    else:
-        num_keys = int(past) + position_ids_BS.shape[-1]
+    fixed = cache is not None and cache.is_compileable
+    num_keys = cache.layers[0].max_cache_len if fixed else int(past) + position_ids_BS.shape[-1]  # type: ignore[union-attr]
     visible = visible_keys(position_ids_BS, attention_mask_BK, past, num_keys)
     return additive(visible, dtype) if eager else visible
 
@@ -428,21 +419,12 @@ class GPTPanguForCausalLM(GPTPanguPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V] and, with labels, the loss. What is not named here is as in `GPTPanguModel.forward`.
+        """Logits [B, S, V] and, with labels, the loss. Arguments that are not explained here are those of `GPTPanguModel.forward`.
 
         Args:
-            input_ids: see there.
-            past_key_values: see there.
-            attention_mask: see there.
-            position_ids: see there.
-            inputs_embeds: see there.
             labels: [B, S] the same ids as `input_ids`, for they are shifted here; -100 carries no loss. The first token of each further
                 document in a row should be -100.
-            use_cache: see there.
-            output_attentions: see there.
-            output_hidden_states: see there.
             logits_to_keep: only the last so many positions, or those of an index; 0: all.
-            cache: see there.
             kwargs: for the loss (`num_items_in_batch`).
         """
         outputs = self.transformer(
@@ -461,10 +443,5 @@ class GPTPanguForCausalLM(GPTPanguPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BSV, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits_BSV,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: outputs.get(CACHE)},
-        )
+        states = {CACHE: outputs.get(CACHE), "hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, **states)

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import pickle
-import runpy
-import shutil
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,71 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.golden import golden_batch, golden_model
+from helpers.golden import golden_batch
+from helpers.in_transformers import IMPLEMENTATIONS, TOLERANCE, export, load, tokens_of
 from helpers.small_model import VOCAB, WINDOW, NumberTokenizer, small_model, write_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ext.sharding import canonical_parameters
 from pangu.conversion import huggingface
-from pangu.conversion.weights import Overrides, Weights, WriteOptions
+from pangu.conversion.weights import Overrides
 from pangu.inference.generation import TextGenerator
-from pangu.model.model import PanguModel
-from pangu.tensor_files.lazy_tensor import LazyTensor
 
 transformers = pytest.importorskip("transformers")
-
-IMPLEMENTATIONS = ["sdpa", "eager"]
-TOLERANCE = 5e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers offline, its copies of our modules in a temporary directory, and this project out of their reach."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr(sys, "path", [*sys.path])
-        for name in ("pangu", "megatron_ext"):  # `import pangu` fails from here on
-            patch.setitem(sys.modules, name, None)
-        yield
-
-
-def export(path: Path, model: PanguModel, *, tokenizer: Path | None = None, dtype: torch.dtype | None = None) -> Path:
-    tensors = {
-        spec.name: LazyTensor(spec.shape, torch.float32, lambda parameter=parameter: parameter.detach())
-        for spec, parameter in canonical_parameters(model)
-    }
-    huggingface.write(Weights(model.config, tensors, "a test", tokenizer=tokenizer), path, WriteOptions(dtype))
-    return path
-
-
-def load(path: Path, implementation: str = "sdpa", **arguments: Any) -> Any:
-    arguments = {"trust_remote_code": True, "attn_implementation": implementation, **arguments}
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **arguments).eval()
-
-
-@pytest.fixture(scope="module")
-def golden(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The original's tiny model, in a directory with a dot in its name, as a size has."""
-    return export(tmp_path_factory.mktemp("golden") / "golden-0.2M", golden_model(shared), tokenizer=shared / "tokenizer" / "vocab.model")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose next token depends on every parameter."""
-    return export(tmp_path_factory.mktemp("small") / "small", small_model())
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def model(request: pytest.FixtureRequest, small: Path) -> Any:
-    return load(small, request.param)
-
-
-def tokens_of(seed: int, *shape: int) -> Tensor:
-    """Ids without separator and padding."""
-    return torch.randint(10, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
-
 
 # --- the same function -------------------------------------------------------------------------------------------------------------------
 
@@ -128,13 +67,6 @@ def test_what_training_exports_is_loaded_too(shared: Path, tmp_path: Path) -> No
         expected = small_model().logits(tokens, torch.arange(8).unsqueeze(0))
         assert (load(tmp_path / "weights")(tokens).logits - expected).abs().max() < TOLERANCE
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "weights", trust_remote_code=True)) == 40000
-
-
-def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    runpy.run_path(str(huggingface.REMOTE_CODE / "configuration_pangu.py"))
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.0")  # it replaces its own module while it loads a model
-    with pytest.raises(ImportError, match=r"transformers 5\.3\.0 found, 5\.4 or newer expected"):
-        runpy.run_path(str(huggingface.REMOTE_CODE / "configuration_pangu.py"))
 
 
 def test_the_base_model_and_its_states(small: Path, model: Any) -> None:
@@ -387,194 +319,3 @@ def test_fresh_weights_are_drawn_as_the_original_drew_them(small: Path) -> None:
     for name, module in deviations.items():
         assert module.weight.std().item() == pytest.approx(expected[name], rel=0.05), name
     assert (layer.attn.q_proj.bias == 0).all() and (layer.ln_1.weight == 1).all()
-
-
-# --- what others compute in silence ------------------------------------------------------------------------------------------------------
-
-
-def test_a_full_mask_means_the_same_under_both_attentions(model: Any) -> None:
-    """True is visible: eager attention would add it to the scores as 1."""
-    tokens = tokens_of(10, 1, 12)
-    position_ids = torch.tensor([[*range(5), *range(7)]])
-    document = torch.tensor([0] * 5 + [1] * 7)
-    mask = ((document.unsqueeze(1) == document) & torch.ones(12, 12, dtype=torch.bool).tril())[None, None]
-    numbers = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        expected = model(tokens, position_ids=position_ids).logits
-        for given in (mask, numbers, numbers.double()):
-            found = model(tokens, position_ids=position_ids, attention_mask=given).logits
-            assert (found - expected).abs().max() < TOLERANCE
-
-
-SQUARE = torch.ones(1, 1, 6, 6).tril()
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a full mask of 0 and 1": ({"attention_mask": SQUARE, "position_ids": torch.arange(6).unsqueeze(0)}, "numbers above 0"),
-    "a full mask of integers": ({"attention_mask": SQUARE.long(), "position_ids": torch.arange(6).unsqueeze(0)}, "expected bool"),
-    "a full mask without positions": ({"attention_mask": SQUARE.bool()}, "Give position_ids too"),
-    "a mask of three dimensions": ({"attention_mask": SQUARE[0]}, r"shape \[1, 6, 6\], expected \[1, 6\]"),
-    "a mask of another length": ({"attention_mask": torch.ones(1, 5)}, r"shape \[1, 5\], expected \[1, 6\]"),
-    "a position past the window": (
-        {"position_ids": torch.arange(6).unsqueeze(0) + WINDOW - 5},
-        rf"from 19 to {WINDOW}, .* 0 to {WINDOW - 1}",
-    ),
-    "a position below 0": ({"position_ids": torch.arange(6).unsqueeze(0) - 1}, "from -1 to 4"),
-    "ids and embeddings": ({"inputs_embeds": torch.zeros(1, 6, 32)}, "either input_ids or inputs_embeds"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_meant_is_refused(what: str, model: Any) -> None:
-    arguments, told = REFUSED[what]
-    with pytest.raises(ValueError, match=told):
-        model(tokens_of(1, 1, 6), **arguments)
-
-
-def test_a_mask_that_forgets_the_cache_is_refused(model: Any) -> None:
-    cache = model(tokens_of(1, 1, 6), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"shape \[1, 2\], expected \[1, 8\]"):
-        model(tokens_of(2, 1, 2), past_key_values=cache, attention_mask=torch.ones(1, 2))
-
-
-def test_generating_past_the_window_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="prompt and max_new_tokens share the window"):
-        model.generate(tokens_of(1, 1, 20), attention_mask=torch.ones(1, 20), max_new_tokens=10, eos_token_id=None)
-    model.generate(tokens_of(1, 1, 20), attention_mask=torch.ones(1, 20), max_new_tokens=5, eos_token_id=None)
-
-
-def test_attention_weights_are_not_promised_by_sdpa(small: Path) -> None:
-    with pytest.raises(ValueError, match="only eager attention"):
-        load(small)(tokens_of(1, 1, 4), output_attentions=True)
-
-
-def test_checkpointing_does_not_drop_a_cache(model: Any) -> None:
-    cache = model(tokens_of(1, 1, 6)).past_key_values
-    model.train().gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient checkpointing"):
-        model(tokens_of(2, 1, 2), past_key_values=cache)
-
-
-def changed(small: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], **config: Any) -> Path:
-    """A copy of the small model in one file with other tensors."""
-    path = tmp_path / "changed"
-    shutil.copytree(small, path)
-    (path / huggingface.INDEX).unlink()
-    [file] = path.glob("*.safetensors")
-    tensors = load_file(file)
-    file.unlink()
-    change(tensors)
-    save_file(tensors, path / huggingface.SINGLE, metadata={"format": "pt"})
-    values = json.loads((path / huggingface.CONFIG).read_text())
-    (path / huggingface.CONFIG).write_text(json.dumps({**values, **config}))
-    return path
-
-
-WTE, WQE, HEAD = "transformer.wte.weight", "transformer.wqe.weight", "lm_head.weight"
-
-
-@pytest.mark.parametrize("missing", [WQE, WTE, "transformer.h.2.mlp.c_fc.bias"])
-def test_weights_that_lack_a_tensor_are_refused(missing: str, small: Path, tmp_path: Path) -> None:
-    path = changed(small, tmp_path, lambda tensors: tensors.pop(missing))
-    with pytest.raises(ValueError, match=f"lack {missing}"):
-        load(path)
-    with pytest.raises(ValueError, match=f"lack {missing.removeprefix('transformer.')}"):
-        transformers.AutoModel.from_pretrained(path, trust_remote_code=True)
-
-
-def test_another_output_layer_is_refused(small: Path, tmp_path: Path) -> None:
-    path = changed(small, tmp_path, lambda tensors: tensors.update({HEAD: tensors[WTE] + 1e-3}))
-    with pytest.raises(ValueError, match=r"lm_head\.weight that differs"):
-        load(path)
-
-
-def test_an_output_layer_trained_apart_can_be_asked_for(small: Path, tmp_path: Path) -> None:
-    path = changed(small, tmp_path, lambda tensors: tensors.update({HEAD: -tensors[WTE]}), tie_word_embeddings=False)
-    tokens = tokens_of(1, 1, 6)
-    assert torch.allclose(load(path)(tokens).logits, -load(small)(tokens).logits)
-
-
-def test_a_stored_copy_of_the_word_embedding_is_tied(small: Path, tmp_path: Path) -> None:
-    buffers = {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
-    model = load(changed(small, tmp_path, lambda tensors: tensors.update({HEAD: tensors[WTE].clone(), **buffers})))
-    assert model.lm_head.weight is model.transformer.wte.weight
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"activation_function": "relu"}, "activation_function = 'relu'"),
-        ({"final_norm": "nowhere"}, "final_norm = 'nowhere'"),
-        ({"num_heads": 5}, "num_heads = 5"),
-        ({"num_layers": 1}, "num_layers = 1"),
-    ],
-)
-def test_a_config_that_makes_no_model_is_refused(change: dict[str, Any], told: str, small: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=told):
-        load(changed(small, tmp_path, lambda tensors: None, **change))
-
-
-# --- the tokenizer -----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer(golden: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(golden, trust_remote_code=True)
-
-
-@pytest.fixture(scope="module")
-def published(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "tokenizer" / "golden.json").read_text("utf-8"))
-
-
-def test_every_golden_text_has_the_published_ids(tokenizer: Any, published: dict[str, Any]) -> None:
-    assert len(published["encode_cases"]) > 100
-    for case in published["encode_cases"]:
-        assert tokenizer(case["text"]).input_ids == case["ids"], case["text"]
-        assert tokenizer.tokenize(case["text"]) == case["pieces"] or 0 in case["ids"]  # an unknown piece keeps its text
-        assert tokenizer.decode(case["ids"]) == case["decoded"], case["text"]
-
-
-def test_every_golden_id_sequence_has_the_published_text(tokenizer: Any, published: dict[str, Any]) -> None:
-    for case in published["decode_cases"]:
-        if "error" in case:
-            with pytest.raises(IndexError):
-                tokenizer.decode(case["ids"])
-        else:
-            assert tokenizer.decode(case["ids"]) == case["decoded"], case["ids"]
-
-
-def test_the_tokenizer_knows_its_model(tokenizer: Any, golden: Path) -> None:
-    assert len(tokenizer) == tokenizer.vocab_size == 40000 and tokenizer.model_max_length == 32
-    assert (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 6, 9, 9)
-    config = transformers.AutoConfig.from_pretrained(golden, trust_remote_code=True)
-    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (6, 9, 9)
-    batch = tokenizer(["四川的省会是?", "你好"], padding=True, return_tensors="pt")
-    assert batch.input_ids.tolist() == [[3826, 11, 21652, 16, 28], [6, 6, 6, 6, 5772]]
-    assert batch.attention_mask.tolist() == [[1] * 5, [0, 0, 0, 0, 1]]
-    assert set(batch) == {"input_ids", "attention_mask"}
-
-
-def test_a_text_ends_no_document_unless_it_may(tokenizer: Any, golden: Path) -> None:
-    assert 9 not in tokenizer("你好<eot>").input_ids
-    assert tokenizer("你好<eot>", split_special_tokens=False).input_ids[-1] == 9
-    opened = transformers.AutoTokenizer.from_pretrained(golden, trust_remote_code=True, split_special_tokens=False)
-    opened.add_tokens(["<我的>"])
-    ids = opened("你好<eot><我的>你好").input_ids
-    assert ids == [*tokenizer("你好").input_ids, 9, 40000, *tokenizer("你好").input_ids]
-    assert opened.decode(ids) == "你好<eot><我的>你好"
-    assert opened.decode(ids, skip_special_tokens=True) == "你好<我的>你好"
-
-
-def test_the_tokenizer_travels(tokenizer: Any, tmp_path: Path) -> None:
-    text = "今天是一个好天气\n  1 2"
-    for other in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
-        assert other(text).input_ids == tokenizer(text).input_ids and len(other) == 40000
-    tokenizer.save_pretrained(tmp_path)
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
-    assert again(text).input_ids == tokenizer(text).input_ids and again.padding_side == "left"
-    assert again("<eot>").input_ids == tokenizer("<eot>").input_ids
-    assert (tmp_path / "vocab.model").read_bytes() == Path(tokenizer.vocab_file).read_bytes()
-
-
-def test_weights_without_a_tokenizer_say_so(small: Path) -> None:
-    with pytest.raises(ValueError, match=r"Copy PanGu-α's vocab\.model"):
-        transformers.AutoTokenizer.from_pretrained(small, trust_remote_code=True)

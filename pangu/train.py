@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pangu.config import load_config
 from pangu.config.layout import resolve
+from pangu.config.load import nearest_keys
 from pangu.errors import InputError, exit_code
 
 
@@ -38,7 +39,13 @@ def main() -> None:
     parser.add_argument("--world-size", type=int, help="number of processes that --dry-run assumes (default 1)")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
-    arguments = parser.parse_intermixed_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if options := [word for word in unknown if word.startswith("-")]:
+        option = options[0].partition("=")[0]
+        raise InputError(
+            f"{option}: unknown option; --help lists them. Settings are written section.key=value. "
+            f"Nearest: {', '.join(nearest_keys(option))}."
+        )
     if arguments.world_size is not None and not arguments.dry_run:
         raise InputError(
             "--world-size goes with --dry-run; a real run has as many processes as its launcher starts (torchrun --nproc-per-node N)."

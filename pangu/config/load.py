@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from pangu.config.foreign_names import FOREIGN_NAMES
 from pangu.config.parsing import apply_override, first_problem, read_json, read_yaml
 from pangu.config.presets import MODEL_PRESETS
 from pangu.config.recipes import find_recipe
@@ -62,22 +63,34 @@ def _take_zero_stage(values: dict[str, Any]) -> None:
         parallel.setdefault("zero_stage", zero["stage"])
 
 
-def _nearest_keys(unknown: str) -> list[str]:
-    """Valid keys that the user may have meant: those of a similar name in any section, else all keys of its section."""
+def nearest_keys(unknown: str) -> list[str]:
+    """What a user may have meant by a key or a name that is unknown: `train.lr`, `learning_rate` and `--lr` are all optimizer.lr.
+
+    The same name in any section, or what other programs call so; else names that are similar; else all keys of the section it was in.
+    """
     sections = {name: list(getattr(field.annotation, "model_fields", ())) for name, field in Config.model_fields.items()}
-    section, _, last = unknown.partition(".")
-    if not last:
-        return difflib.get_close_matches(unknown, sections) or list(sections)
-    similar = difflib.get_close_matches(last, [key for keys in sections.values() for key in keys])
-    near = [f"{name}.{key}" for key in dict.fromkeys(similar) for name, keys in sections.items() if key in keys]
-    return near or [f"{section}.{key}" for key in sections[section]]
+    section, _, last = unknown.lower().lstrip("-").replace("-", "_").rpartition(".")
+
+    def named(name: str) -> list[str]:
+        return [f"{section}.{name}" for section, keys in sections.items() if name in keys]
+
+    if exact := named(last):
+        return exact
+    if last in FOREIGN_NAMES:
+        return [FOREIGN_NAMES[last]]
+    if not section and (similar := difflib.get_close_matches(last, sections)):
+        return similar
+    similar = difflib.get_close_matches(last, dict.fromkeys(key for keys in sections.values() for key in keys))
+    foreign = [FOREIGN_NAMES[name] for name in difflib.get_close_matches(last, FOREIGN_NAMES, 1)]
+    keys = [f"{section}.{key}" for key in sections.get(section, ())]
+    return [key for name in similar for key in named(name)] or foreign or keys or list(sections)
 
 
 def _refuse(error: ValidationError, path: Path, overridden: Sequence[str]) -> NoReturn:
     """Turn pydantic's report into one line about the first mistake, with the keys that may have been meant."""
     kind, key, text, more = first_problem(error)
     if kind == "extra_forbidden":
-        text += f" Nearest: {', '.join(_nearest_keys(key))}."
+        text += f" Nearest: {', '.join(nearest_keys(key))}."
     elif kind == "missing" and key.startswith("model"):
         text += f" Or give model.preset: {', '.join(MODEL_PRESETS)}."
     unknown_section = kind == "extra_forbidden" and any(name.startswith(f"{key}.") for name in overridden)

@@ -169,6 +169,8 @@ def test_a_new_run_starts_from_weights(recipe: Path, alone: Path, tmp_path: Path
     ("overrides", "expected"),
     [
         (["train.stepz=3"], "unknown key train.stepz"),
+        (["--tensor-model-parallel-size=2"], "--tensor-model-parallel-size: unknown option"),
+        (["--learning-rate", "1e-4"], "Nearest: optimizer.lr."),
         (["parallel.tensor=3"], "parallel.tensor = 3 does not divide"),
         (["parallel.pipeline=2"], "1 processes cannot be arranged"),
         (["parallel.pipeline=2", "parallel.zero_stage=2"], "does not work with parallel.pipeline"),

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 
 from megatron_ext.errors import LayoutError
 from megatron_ext.topology import Topology
-from pangu.config import Config, load_config
+from pangu.config import Config, foreign_names, load_config
+from pangu.config.foreign_names import FOREIGN_NAMES
 from pangu.config.layout import resolve
+from pangu.config.load import nearest_keys
 from pangu.errors import InputError
 
 BASE = """\
@@ -113,6 +116,16 @@ def test_frozen(write) -> None:
         (BASE, ["train.lr=5"], "unknown key train.lr. Nearest: optimizer.lr."),
         (BASE, ["parallel.tensor=true"], "override: parallel.tensor = True: input should be a valid integer"),
         (BASE, ["trian.steps=5"], "override: unknown key trian. Nearest: train."),
+        (BASE, ["model.micro_batch_size=5"], "override: unknown key model.micro_batch_size. Nearest: train.micro_batch_size."),
+        (BASE, ["seed=5"], "override: unknown key seed. Nearest: train.seed."),
+        (BASE, ["train.learning_rate=5"], "override: unknown key train.learning_rate. Nearest: optimizer.lr."),
+        (BASE, ["learning_rate=5"], "override: unknown key learning_rate. Nearest: optimizer.lr."),
+        (BASE, ["tp-size=2"], "override: unknown key tp-size. Nearest: parallel.tensor."),
+        (BASE, ["fp16.enabled=true"], "override: unknown key fp16. Nearest: train.precision=fp16."),
+        (BASE, ["train.warmup_ration=0.1"], "Nearest: schedule.warmup_steps"),
+        (BASE + "fp16:\n  enabled: true\n", [], "config.yaml: unknown key fp16. Nearest: train.precision=fp16."),
+        (BASE + "learning_rate: 1e-4\n", [], "config.yaml: unknown key learning_rate. Nearest: optimizer.lr."),
+        (BASE.replace("steps:", "train_iters:"), [], "config.yaml: unknown key train.train_iters. Nearest: train.steps. (and 1 more)"),
         (BASE, ["train.zzz=5"], "Nearest: train.micro_batch_size, train.global_batch_size, train.steps"),
         (BASE, ["train.steps"], "override 'train.steps': section.key=value is expected"),
         (BASE, ["run.dir.x=3"], "override 'run.dir.x=3': dir is not a section"),
@@ -145,6 +158,44 @@ def test_frozen(write) -> None:
 )
 def test_refused_with_one_line(write, text: str, overrides: list[str], expected: str) -> None:
     assert expected in refusal(write, text, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("gradient_accumulation_steps", "train.global_batch_size = train.micro_batch_size x accumulation steps x data-parallel size"),
+        ("tp_size", "parallel.tensor"),
+        ("tensor_model_parallel_size", "parallel.tensor"),
+        ("pipe_parallel_size", "parallel.pipeline"),
+        ("per_device_train_batch_size", "train.micro_batch_size"),
+        ("seq_length", "train.sequence_length"),
+        ("n_layer", "model.num_layers"),
+        ("num_hidden_layers", "model.num_layers"),
+        ("intermediate_size", "model.ffn_hidden_size"),
+        ("weight_decay", "optimizer.weight_decay"),
+        ("adam_beta1", "optimizer.betas=[beta1, beta2]"),
+        ("max_steps", "train.steps"),
+        ("train_iters", "train.steps"),
+        ("warmup_ratio", "schedule.warmup_steps, a number of steps"),
+        ("bf16", "train.precision=bf16"),
+        ("save_interval", "checkpoint.save_every"),
+    ],
+)
+def test_names_of_other_programs_lead_to_ours(write, name: str, ours: str) -> None:
+    """In any section or none, in a file or on the command line, with dashes or underscores."""
+    for key in (name, f"run.{name}", f"model.{name}", name.replace("_", "-")):
+        assert refusal(write, BASE, f"{key}=1") == f"override: unknown key {key}. Nearest: {ours}."
+    assert nearest_keys(f"--{name.replace('_', '-')}") == [ours]
+
+
+def test_the_table_of_foreign_names_leads_to_keys_that_exist() -> None:
+    keys = {f"{name}.{key}" for name, field in Config.model_fields.items() for key in getattr(field.annotation, "model_fields", ())}
+    for name, ours in FOREIGN_NAMES.items():
+        assert name == name.lower() and "-" not in name
+        assert ours == "deepspeed" or (set(re.findall(r"[a-z]+\.[a-z_]+", ours)) <= keys and "." in ours), ours
+        assert name not in {key.partition(".")[2] for key in keys}, f"{name} is a name of ours: its line is never read"
+    assert sum(len(names.split()) for names in foreign_names._NAMES.values()) == len(FOREIGN_NAMES)  # none twice
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:

@@ -56,12 +56,12 @@ def _accelerator() -> Any:  # DeepSpeed's accelerator classes carry no useful ty
 
 def name() -> str:
     """The device type: `cuda`, `npu` or `cpu`."""
-    return _accelerator()._name
+    return str(_accelerator()._name)
 
 
 def backend() -> str:
     """The collective backend: `nccl`, `hccl` or `gloo`."""
-    return _accelerator().communication_backend_name()
+    return str(_accelerator().communication_backend_name())
 
 
 def device() -> torch.device:

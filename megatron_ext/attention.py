@@ -84,7 +84,7 @@ def _npu_fusion(q_BNSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, mask: Tensor | N
         hidden, sparse_mode = ~causal_mask(2048, q_BNSD.device), 2
     else:
         hidden, sparse_mode = ~mask, 0
-    return torch_npu.npu_fusion_attention(
+    output_BNSD: Tensor = torch_npu.npu_fusion_attention(
         q_BNSD,
         k_BNKD,
         v_BNKD,
@@ -95,6 +95,7 @@ def _npu_fusion(q_BNSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, mask: Tensor | N
         keep_prob=1.0 - dropout,
         sparse_mode=sparse_mode,
     )[0]
+    return output_BNSD
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]] = {

@@ -73,7 +73,8 @@ def linear_cross_entropy(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, mask
         fp32 scalar, in nats, the same on every rank. The gradient of `x_NH` is this rank's part of a sum over the group.
     """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(x_NH, weight_VH, labels_N, mask_N, vocab_size, group)
+        loss: Tensor = _LinearCrossEntropy.apply(x_NH, weight_VH, labels_N, mask_N, vocab_size, group)  # type: ignore[no-untyped-call]
+        return loss
 
     def losses(part: slice) -> Tensor:
         return _losses(x_NH[part], weight_VH, labels_N[part], vocab_size, group)[0]

@@ -75,4 +75,5 @@ def _draw(init: Init, shape: tuple[int, ...], key: int) -> np.ndarray:
     if init.kind == "truncated_normal":
         while (outside := np.abs(values) > 2).any():
             values[outside] = generator.standard_normal(int(outside.sum()), dtype=np.float32)
-    return values * np.float32(init.value)
+    scaled: np.ndarray = values * np.float32(init.value)
+    return scaled

@@ -24,7 +24,8 @@ MIN_PRODUCTS = 2**22
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b, with gradients: [..., I] -> [..., O]."""
     if _is_faster(x, x.numel() * len(weight_OI)):
-        return _Linear.apply(x, weight_OI, bias_O)
+        y: Tensor = _Linear.apply(x, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+        return y
     return F.linear(x, weight_OI, bias_O)
 
 
@@ -64,14 +65,20 @@ def _is_faster(x: Tensor, products: int) -> bool:
 
 
 def _product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
+    return _linear(a_MK, b_KN.t(), None)
+
+
+def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """oneDNN's x Wᵀ + b."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+        return _linear(x, weight_OI, bias_O)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

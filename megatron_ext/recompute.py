@@ -24,4 +24,5 @@ def recompute(function: Callable[..., Tensor], *args: object, rng: RngStreams) -
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), rng.replay(rng.tensor_parallel_state)
 
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    y: Tensor = checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    return y

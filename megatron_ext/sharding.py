@@ -109,7 +109,8 @@ class ShardSpec:
 
 def spec_of(parameter: nn.Parameter) -> ShardSpec:
     """The spec of a parameter that `make_parameter` created."""
-    return parameter.shard_spec  # type: ignore[attr-defined]
+    spec: ShardSpec = parameter.shard_spec  # type: ignore[attr-defined]
+    return spec
 
 
 def canonical_parameters(module: nn.Module) -> Iterator[tuple[ShardSpec, nn.Parameter]]:

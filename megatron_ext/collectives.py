@@ -95,29 +95,33 @@ class _Conjugate(torch.autograd.Function):
         return ctx.collective(grad, ctx.group, ctx.dim), None, None, None, None
 
 
+def _conjugate(x: Tensor, forward: _Collective, backward: _Collective, group: Group, dim: int = 0) -> Tensor:
+    return _Conjugate.apply(x, forward, backward, group, dim) if group.size > 1 else x  # type: ignore[no-untyped-call]
+
+
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """A replicated `x` enters computations that each rank does a part of; the gradient is the sum of the parts."""
-    return _Conjugate.apply(x, _same, _sum, group, 0) if group.size > 1 else x  # type: ignore[no-untyped-call]
+    return _conjugate(x, _same, _sum, group)
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """The sum of every rank's part; the gradient is the same on all ranks and passes through."""
-    return _Conjugate.apply(x, _sum, _same, group, 0) if group.size > 1 else x  # type: ignore[no-untyped-call]
+    return _conjugate(x, _sum, _same, group)
 
 
 def scatter_to_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's slice along `dim` of a replicated `x`."""
-    return _Conjugate.apply(x, split, all_gather, group, dim) if group.size > 1 else x  # type: ignore[no-untyped-call]
+    return _conjugate(x, split, all_gather, group, dim)
 
 
 def gather_from_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
     """All ranks' slices along `dim`, entering computations that each rank does a part of; the gradient's parts are summed and split."""
-    return _Conjugate.apply(x, all_gather, reduce_scatter, group, dim) if group.size > 1 else x  # type: ignore[no-untyped-call]
+    return _conjugate(x, all_gather, reduce_scatter, group, dim)
 
 
 def reduce_scatter_to_sequence_parallel(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's slice along `dim` of the sum of every rank's part."""
-    return _Conjugate.apply(x, reduce_scatter, all_gather, group, dim) if group.size > 1 else x  # type: ignore[no-untyped-call]
+    return _conjugate(x, reduce_scatter, all_gather, group, dim)
 
 
 def is_initialized() -> bool:

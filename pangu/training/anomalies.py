@@ -1,4 +1,4 @@
-"""What a run does about a step that went wrong: a loss or gradient that is not finite, or a loss far above the recent ones.
+"""Decides what a run does after a bad step: a loss or gradient that is not finite, or a loss far above the recent ones.
 
 The update of such a step never reaches the weights (pangu.engine.guard). What follows is decided here from numbers that are the same on
 every rank, so all ranks decide alike.
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 Policy = Literal["skip", "rollback", "stop"]
 
 HISTORY = 100
-"""Losses that the median is taken of."""
+"""Number of recent losses of which the median is taken."""
 MIN_HISTORY = 20
-"""With fewer, no loss is a spike."""
+"""Number of losses below which no loss is judged a spike."""
 MAX_SKIPPED = 10
-"""Bad steps in a row that end the run."""
+"""Number of bad steps in a row that ends the run."""
 MAX_ROLLBACKS = 3
-"""Returns to the same checkpoint; the next ends the run."""
+"""Number of returns to the same checkpoint that are allowed; the next one ends the run."""
 
 
 def loss_limit(recent_losses: Sequence[float], spike_factor: float) -> float:
-    """The loss above which a step is a spike; infinite where none can be said."""
+    """The loss above which a step is a spike; infinite if `spike_factor` is 0 or there are too few losses."""
     if spike_factor == 0.0 or len(recent_losses) < MIN_HISTORY:
         return math.inf
     return spike_factor * statistics.median(recent_losses)
 
 
 def fault_of(result: StepResult, limit: float) -> str | None:
-    """What was wrong with a step, or None. An fp16 overflow that lowered the loss scale is how fp16 trains, and no fault."""
+    """What was wrong with a step, or None. An fp16 overflow that lowered the loss scale is normal and not a fault."""
     if not math.isfinite(result.loss):
         return f"the loss is {result.loss}"
     if result.loss > limit:
@@ -49,9 +49,9 @@ def decide(policy: Policy, *, in_a_row: int, rollbacks: int, has_checkpoint: boo
 
     Args:
         policy: `train.on_bad_step`.
-        in_a_row: bad steps without a good one between, this one included.
-        rollbacks: earlier returns to the newest checkpoint.
-        has_checkpoint: whether there is one. Without it the update is only skipped.
+        in_a_row: number of consecutive bad steps, this one included.
+        rollbacks: number of earlier returns to the newest checkpoint.
+        has_checkpoint: whether there is a checkpoint to return to. Without one the update is only skipped.
     """
     if policy == "stop" or in_a_row >= MAX_SKIPPED:
         return "stop"

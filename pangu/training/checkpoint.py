@@ -34,34 +34,34 @@ from pangu.files import lock, recover, remove, sync, write_durably
 
 @dataclass
 class Progress:
-    """How far a run is. The sampler's whole state is `consumed_samples`."""
+    """The progress of a run. The whole state of the sampler is `consumed_samples`."""
 
     step: int = 0
-    """Optimizer steps taken, skipped ones included."""
+    """Number of optimizer steps taken, skipped ones included."""
     consumed_samples: int = 0
     consumed_tokens: int = 0
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last good steps, oldest first (pangu.training.anomalies)."""
     bad_steps: int = 0
-    """Bad steps since the last good one."""
+    """Number of bad steps since the last good one."""
 
 
 def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
-    """Save everything a resumed run needs; returns the committed directory. Every rank must call this.
+    """Save everything that a resumed run needs; return the committed directory. Every rank must call this.
 
     Raises:
-        InputError: on every rank, if any rank could not write; what was there before stays as it was.
+        InputError: on every rank, if any rank could not write; earlier checkpoints are unchanged.
     """
     return start_save(engine, progress).commit()
 
 
 def start_save(engine: TrainingEngine, progress: Progress, *, background: bool = False) -> PendingSave:
-    """Begin to save what `save_checkpoint` saves. Every rank must call this, and `commit` what it returns before it begins another.
+    """Begin to save a checkpoint. Every rank must call this, and `commit` the returned save before it begins another.
 
     Args:
-        engine: of the run; it may be trained further at once.
-        progress: how far it is.
-        background: return as soon as the states are copied in host memory, which must hold them once more.
+        engine: the run's engine; training may continue as soon as this returns.
+        progress: the run's progress.
+        background: return as soon as the states are copied in host memory, which must have room for a second copy.
     """
     root, world = engine.config.checkpoint_dir, engine.groups.world
     partial = root / f"{step_name(progress.step)}.partial"
@@ -78,7 +78,7 @@ def start_save(engine: TrainingEngine, progress: Progress, *, background: bool =
 
 @dataclass(frozen=True)
 class PendingSave:
-    """A checkpoint whose files are being written. Until it is committed nothing of it counts."""
+    """A checkpoint whose files are being written. It is not valid before `commit`."""
 
     engine: TrainingEngine
     partial: Path
@@ -91,10 +91,10 @@ class PendingSave:
         return not int(all_reduce_max(waiting, self.engine.groups.world))
 
     def commit(self) -> Path:
-        """Wait for all files, and make them a checkpoint. Every rank must call this.
+        """Wait for all files and publish the checkpoint; return its directory. Every rank must call this.
 
         Raises:
-            InputError: on every rank, if any rank could not write; what was there before stays as it was.
+            InputError: on every rank, if any rank could not write; earlier checkpoints are unchanged.
         """
         engine, world = self.engine, self.engine.groups.world
         final = self.partial.with_suffix("")
@@ -125,7 +125,7 @@ class CheckpointSaver:
         self._pending: PendingSave | None = None
 
     def save(self, progress: Progress) -> None:
-        """Save; one that is still being written is committed first."""
+        """Save a checkpoint, after committing one that is still being written."""
         self.finish()
         background = self._engine.config.checkpoint.async_save
         self._pending = start_save(self._engine, progress, background=background)
@@ -133,19 +133,19 @@ class CheckpointSaver:
             self.finish()
 
     def poll(self) -> None:
-        """Commit what has been written meanwhile."""
+        """Commit the pending save if every rank has written it."""
         if self._pending and self._pending.is_written():
             self.finish()
 
     def finish(self) -> None:
-        """Commit what is being written, waiting for it."""
+        """Wait for the pending save, if there is one, and commit it."""
         if self._pending:
             pending, self._pending = self._pending, None
             pending.commit()
 
 
 def _retire(root: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints. A directory loses its name first: no checkpoint is ever half there."""
+    """Remove all but the newest checkpoints. A directory is renamed first, so that no checkpoint is ever partly present."""
     for name in complete_steps(root)[:-keep]:
         with contextlib.suppress(OSError):  # one that cannot be renamed stays whole
             _set_aside(root / name, "removing")
@@ -163,10 +163,10 @@ def _set_aside(path: Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def claim_directory(config: Config, world: Group) -> Iterator[None]:
-    """Inside the block no other run uses the checkpoints' directory; what an interrupted save left there is removed. Every rank must enter.
+    """A context in which no other run uses the checkpoint directory; remains of an interrupted save are removed. Every rank must enter it.
 
     Raises:
-        InputError: on every rank, if another run is at work there, or it cannot be used.
+        InputError: on every rank, if another run uses the directory, or it cannot be used.
     """
     root = config.checkpoint_dir
     with contextlib.ExitStack() as held:
@@ -189,9 +189,9 @@ def claim_directory(config: Config, world: Group) -> Iterator[None]:
 
 
 def find_checkpoint(config: Config, world: Group) -> Path | None:
-    """The checkpoint to resume from, or None to start anew. Every rank must call this and gets the same answer.
+    """The checkpoint to resume from, or None to start from scratch. Every rank must call this and gets the same answer.
 
-    `checkpoint.resume=auto` takes the newest intact one. Damaged ones are said aloud and set aside as `step_N.damaged`.
+    `checkpoint.resume=auto` takes the newest intact one. Damaged ones are reported and renamed to `step_N.damaged`.
 
     Raises:
         InputError: if a checkpoint was asked for by path and is damaged, if there are checkpoints and none is intact, or if the directory
@@ -247,8 +247,8 @@ def finished_step(config: Config) -> int | None:
 def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     """Continue from a checkpoint: weights, optimizer, loss scale, random streams and progress. Every rank must call this.
 
-    On the layout that saved it the run goes on bit for bit. On another one weights, optimizer, loss scale and the order of the samples are
-    the same, but dropout masks are drawn anew, from the seed, the step and the rank's place.
+    On the layout that saved it the run continues bit for bit. On another one weights, optimizer, loss scale and the order of the samples
+    are the same, but dropout masks differ: they are drawn from the seed, the step and the rank's coordinates.
 
     Raises:
         InputError: if it was made by another model, optimizer or precision.
@@ -280,7 +280,7 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
 
 
 def verify(path: Path, world: Group) -> str | None:
-    """What is wrong with a checkpoint, or None. The ranks share the hashing and agree on the answer."""
+    """What is wrong with a checkpoint, or None. The ranks divide the hashing among themselves and all get the same answer."""
     return next(filter(None, all_gather_objects(_problem_of(path, world), world)), None)
 
 
@@ -297,7 +297,7 @@ def _differences(found: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _layout_identity(engine: TrainingEngine) -> dict[str, Any]:
-    """What decides which rank's file holds what, and in which form."""
+    """The settings that determine which rank's file holds what, and in which form."""
     topology = engine.groups.topology
     return {
         "parallel.tensor": topology.tensor,
@@ -312,7 +312,7 @@ def _layout_identity(engine: TrainingEngine) -> dict[str, Any]:
 
 
 def _model_identity(config: Config) -> dict[str, Any]:
-    """What a checkpoint and any run that resumes from it must have in common."""
+    """The settings that a checkpoint and any run that resumes from it must have in common."""
     model = config.model
     return {
         "train.precision": config.train.precision,
@@ -328,4 +328,4 @@ def _together(action: Callable[[], Any], world: Group, what: str) -> list[Any]:
     try:
         return together(action, world)
     except OSError as error:
-        raise InputError(f"{what} ({error}). Free some space or mend the directory.") from None
+        raise InputError(f"{what} ({error}). Free some space or fix the directory.") from None

@@ -1,4 +1,4 @@
-"""The loss of a run, read from its metrics.jsonl, and its curve in a terminal."""
+"""Reads the loss of a run from its metrics.jsonl and draws its curve in a terminal."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BRAILLE, DOTS = 0x2800, ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 @dataclass
 class Curves:
-    """What metrics.jsonl says of a run: step -> loss, in ascending steps."""
+    """The loss curves of a run from metrics.jsonl: step -> loss, in ascending steps."""
 
     name: str
     training: dict[int, float] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What the reader should know of the file, such as a line that was cut off."""
+    """Remarks about the file, such as a line that was cut off."""
 
 
 def read_run(directory: Path) -> Curves:
@@ -32,7 +32,7 @@ def read_run(directory: Path) -> Curves:
     A line that was cut off, by a process killed while it wrote, is left out with a note; so are losses that are not finite.
 
     Raises:
-        InputError: no metrics.jsonl, or no loss in it.
+        InputError: if there is no metrics.jsonl, or no loss in it.
     """
     path = directory / "metrics.jsonl"
     try:
@@ -69,9 +69,9 @@ def terminal_chart(series: dict[int, float], *, width: int = 64, height: int = 1
 
     Args:
         series: step -> value, at least one.
-        width: columns of the plotted area.
-        height: its lines.
-        braille: eight dots a character; False draws with plain ASCII.
+        width: number of columns of the plotted area.
+        height: number of lines of the plotted area.
+        braille: draw with braille characters of eight dots each; False draws with plain ASCII.
     """
     columns, rows = (2 * width, 4 * height) if braille else (width, height)
     low, high = min(series.values()), max(series.values())

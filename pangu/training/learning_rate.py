@@ -11,7 +11,7 @@ def learning_rate(config: Config, step: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
     `original`: the released code's schedule. Warm-up starts at 0, so the very first step changes nothing; the cosine counts from step 0 and
-    not from the end of the warm-up, so the rate drops a little at the hand-over and `optimizer.lr` is never quite reached.
+    not from the end of the warm-up, so the rate drops a little at the end of the warm-up and `optimizer.lr` is never quite reached.
     `cosine`: warm-up reaches `optimizer.lr` at the last warm-up step, and the cosine starts there.
     """
     schedule, peak = config.schedule, config.optimizer.lr

@@ -1,4 +1,4 @@
-"""The training loop: step, judge the step, evaluate, save, until the last step or a request to stop."""
+"""The training loop: step, check the step, evaluate, save, until the last step or a request to stop."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ PACE_STEPS = 100
 
 
 class TrainingLoop:
-    """Trains one rank's engine. Every rank runs one, and decides everything from numbers that all ranks have.
+    """Trains one rank's engine. Every rank runs one, and all decisions depend only on numbers that are equal on all ranks.
 
     Args:
-        engine: new, or as a checkpoint left it.
-        progress: how far it is; kept up to date.
-        checkpoint: the newest one, if there is one.
-        training: the samples.
-        validation: what is held back for `train.eval_every`.
-        metrics: on the first rank.
-        watchdog: is told what is being done.
+        engine: the rank's engine, new or restored from a checkpoint.
+        progress: the run's progress; updated in place.
+        checkpoint: the newest checkpoint, if there is one.
+        training: the training data.
+        validation: the validation data for `train.eval_every`.
+        metrics: writes metrics.jsonl; None on all ranks but the first.
+        watchdog: progress is reported to it.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class TrainingLoop:
         self._profile = StepProfile(self._config.train.profiled_steps, self._config.run.dir / "profile", engine.groups.world.rank)
         self._peak = accelerator.peak_flops()
         self._rollbacks = 0
-        """Returns to `_checkpoint`."""
+        """Number of returns to `_checkpoint`."""
         self._ends: deque[float] = deque(maxlen=PACE_STEPS + 1)
-        """When the last steps were done; evaluations and checkpoints lie between them."""
+        """Times at which the last steps were done; evaluations and checkpoints lie between them."""
 
     def run(self) -> str | None:
-        """Step until `train.steps` or until a signal; save as configured. Returns the name of the signal that ended it."""
+        """Train until `train.steps` or a signal, saving as configured. Returns the name of the signal that ended the run, or None."""
         train, progress = self._config.train, self._progress
         stop, stopped_by = StopRequest(), 0
         # What was imported and built stays: the garbage collector would look through it again and again, on each rank at another time.
@@ -100,7 +100,7 @@ class TrainingLoop:
         return signal.Signals(stopped_by).name if stopped_by and progress.step < train.steps else None
 
     def _step(self, batches: Iterator[Batch]) -> Policy | None:
-        """Take one optimizer step, judge it and record it; what was decided if it was bad.
+        """Take one optimizer step, check and record it; return the decision if the step was bad, else None.
 
         Raises:
             InputError: on every rank, if a bad step ends the run.
@@ -158,7 +158,7 @@ class TrainingLoop:
             raise
 
     def _roll_back(self) -> None:
-        """Return to the newest checkpoint in everything but the data: what was read since is not read again."""
+        """Restore all state from the newest checkpoint except the position in the data: what was read since is not read again."""
         assert self._checkpoint is not None
         self._watchdog.beat(self._progress.step, "returning to a checkpoint")
         self._saver.finish()
@@ -184,7 +184,7 @@ class TrainingLoop:
         self._checkpoint, self._rollbacks = self._config.checkpoint_dir / step_name(self._progress.step), 0
 
     def _batches(self, dataset: BlendedDataset, consumed_samples: int) -> Iterator[Batch]:
-        """This rank's micro-batches; a stage in the middle of a pipeline reads nothing."""
+        """Iterator over this rank's micro-batches; empty on a middle stage of a pipeline, which reads no data."""
         config, topology, place = self._config, self._engine.groups.topology, self._engine.groups.coordinates
         if 0 < place.pipe < topology.pipeline - 1:
             return iter(())
@@ -199,7 +199,7 @@ class TrainingLoop:
         )
 
     def _figures(self, result: StepResult, rate: float, seconds: float) -> dict[str, float | int | bool | str | None]:
-        """One step's line of metrics.jsonl."""
+        """The metrics of one step, a line of metrics.jsonl."""
         config, progress = self._config, self._progress
         speed = config.train.global_batch_size * config.train.sequence_length / seconds
         # The first step of a process warms up and says nothing of the later ones.

@@ -1,4 +1,4 @@
-"""A run of training: from a configuration to trained weights."""
+"""Runs training from a configuration to trained weights."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
 
 def run_training(config: Config, layout: RunLayout) -> None:
-    """Train from start, or from the newest checkpoint, to `train.steps`, and write the weights.
+    """Train from the start, or from the newest checkpoint, to `train.steps`, and write the weights.
 
     Every rank of the world calls this with the same configuration; the launcher's environment says which rank it is.
 
     Raises:
-        InputError: one line about what the user can mend.
+        InputError: if the configuration, the data or a checkpoint cannot be used.
     """
     # All that can be refused is refused before any process waits for another.
     is_first = os.environ.get("RANK", "0") == "0"
@@ -112,7 +112,7 @@ def _run(
         stopped_by = TrainingLoop(engine, progress, checkpoint, training, validation, metrics, watchdog).run()
         if stopped_by:
             if metrics:
-                metrics.say(f"{stopped_by}: saved at step {progress.step}; start the same command again to go on.")
+                metrics.say(f"{stopped_by}: saved at step {progress.step}; start the same command again to continue.")
         else:
             watchdog.beat(progress.step, "writing the weights")
             named = watchdog.each(canonical_parameters(engine.module))
@@ -128,7 +128,7 @@ def _run(
 
 
 def _open_tokenizer(config: Config) -> PanguTokenizer | None:
-    """The tokenizer of the data, checked against the model."""
+    """Open the tokenizer of the data and check it against the model's configuration."""
     if config.data.tokenizer is None:
         return None
     tokenizer = PanguTokenizer(config.data.tokenizer)
@@ -146,7 +146,7 @@ def _open_tokenizer(config: Config) -> PanguTokenizer | None:
 
 
 def _initial_weights(config: Config) -> ParamInit:
-    """Where a new run's weights come from. A resumed run overwrites them."""
+    """Initializer of a new run's weights, which a resumed run overwrites."""
     if config.checkpoint.init_from is None:
         return random_weights(config.train.seed)
     weights = open_weights(config.checkpoint.init_from)

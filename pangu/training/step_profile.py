@@ -1,6 +1,6 @@
-"""What some steps spend their time on: `train.profile`, by torch's profiler.
+"""Profiles some steps of a run with torch's profiler (`train.profile`).
 
-Each rank writes run.dir/profile/rank-N.json.gz, a trace that chrome://tracing and ui.perfetto.dev show, and rank-N.txt, a table of the
+Each rank writes run.dir/profile/rank-N.json.gz, a trace for chrome://tracing and ui.perfetto.dev, and rank-N.txt, a table of the
 operators that took most time.
 """
 
@@ -22,14 +22,14 @@ ROWS = 40
 
 
 class StepProfile:
-    """Records the steps of a range. A context manager: what a run that ends early has recorded is written when it is left.
+    """Records a range of steps. A context manager: on exit it writes what was recorded, also if the run ends early.
 
-    A disk that is full does not end a run for the sake of its profile: the rank says so and goes on.
+    A full disk does not end the run: the rank prints a warning and continues without the profile.
 
     Args:
-        steps: which to record, in the numbers of metrics.jsonl; an empty range costs nothing.
-        directory: is made if need be.
-        rank: names the files.
+        steps: the steps to record, numbered as in metrics.jsonl; an empty range costs nothing.
+        directory: output directory; it is created if it does not exist.
+        rank: global rank, part of the file names.
     """
 
     def __init__(self, steps: range, directory: Path, rank: int) -> None:
@@ -38,7 +38,7 @@ class StepProfile:
         self._recorded: list[int] = []
 
     def step(self, number: int) -> AbstractContextManager[None]:
-        """Record what the block does, if this step is one of those; write everything after the last of them."""
+        """A context that records its block if the step is in the range, and writes the files after the last step."""
         return self._record(number) if self._steps else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -79,7 +79,7 @@ class StepProfile:
         except OSError as error:
             print(
                 f"warning: rank {self._rank}: {self._directory}: the profile could not be written ({error.strerror or error}); training "
-                "goes on without it.",
+                "continues without it.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -16,7 +16,7 @@ _ONE_KEYSTROKE_SECONDS = 1.0
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGUSR1, and that the launcher has gone, so that the loop can save and leave between two steps.
+    """Records SIGTERM, SIGINT, SIGUSR1 and the death of the launcher, so that the loop can save and exit between two steps.
 
     The same signal a second time ends the process at once, even where the main thread waits for another rank and runs no Python: the
     interpreter's handler writes each signal to a pipe, which a thread reads. Another signal does not, for launchers pass on an interrupt
@@ -25,7 +25,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = 0
-        """Number of the signal; a lost launcher counts as SIGTERM."""
+        """Number of the received signal, or None; the death of the launcher counts as SIGTERM."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in SIGNALS:
@@ -52,7 +52,7 @@ class StopRequest:
 
 
 def _launchers() -> list[int]:
-    """Process ids of the launchers above this process, the nearest first. None under a shell or a batch system."""
+    """Process ids of the launchers among this process's ancestors, the nearest first; empty under a shell or a batch system."""
     found: list[int] = []
     process = os.getppid()
     while True:

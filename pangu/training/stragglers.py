@@ -1,4 +1,4 @@
-"""Which ranks hold the others up: a device that computes more slowly than the rest, or a rank that waits longer for its data.
+"""Finds the ranks that slow the others down: a device that computes more slowly than the rest, or a rank that waits longer for its data.
 
 In a step all ranks wait for the slowest, and devices work behind the host's back, so a rank's own step time says nothing. Two things are
 measured that mean the same on every backend: how long one and the same matrix product takes on each device, and how long each rank has
@@ -23,17 +23,17 @@ from megatron_ext.topology import Groups
 Item = TypeVar("Item")
 
 FACTOR = 1.25
-"""A rank stands out above this multiple of the median of all."""
+"""A rank is slow if its time is above this multiple of the median of all ranks."""
 MIN_WAIT_SECONDS = 0.002
-"""And for data, if it waits so much longer: less holds nobody up."""
+"""For data, a rank is slow only if it also waits this many seconds longer than the median: less does not slow the others down."""
 REPORTS = 3
-"""A rank is told of when it stands out so many times in a row: once is noise."""
+"""A rank is reported when it is slow this many times in a row: once is noise."""
 _PRODUCTS = 5
 _WIDTH_ON_CPU, _WIDTH = 256, 4096
 
 
 class StragglerReport:
-    """Compares the ranks of a run. Every rank makes one and calls it at the same steps."""
+    """Compares the speed of the ranks of a run. Every rank creates one and calls it at the same steps."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
@@ -41,7 +41,7 @@ class StragglerReport:
         self._in_a_row: Counter[tuple[int, str]] = Counter()
 
     def timed(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The items, while the time spent waiting for them is counted."""
+        """Pass the items through, counting the time spent waiting for them."""
         while True:
             began = time.perf_counter()
             try:
@@ -53,7 +53,7 @@ class StragglerReport:
             yield item
 
     def __call__(self) -> list[str]:
-        """A line for each rank that has just become slow; the same on every rank. Every rank must call this."""
+        """One line for each rank that has just become slow, the same on every rank. Every rank must call this."""
         own = (self._product(), self._waited / max(1, self._items))
         self._waited, self._items = 0.0, 0
         products, waits = zip(*all_gather_objects(own, self._groups.world), strict=True)
@@ -83,12 +83,12 @@ class StragglerReport:
 
 
 def _matrix() -> Tensor:
-    """The same on every rank; a pattern and no random numbers, for no stream must move."""
+    """A matrix that is the same on every rank: a pattern and not random numbers, so that no random stream advances."""
     width = _WIDTH_ON_CPU if accelerator.device().type == "cpu" else _WIDTH
     return torch.arange(width * width, device=accelerator.device(), dtype=torch.float32).view(width, width).sin_()
 
 
 def slow_ranks(seconds: Sequence[float], least: float = 0.0) -> list[int]:
-    """Ranks whose time stands out: above `FACTOR` times the median, and more than `least` above it."""
+    """Ranks whose time is above `FACTOR` times the median and more than `least` seconds above it."""
     median = statistics.median(seconds)
     return [rank for rank, own in enumerate(seconds) if own > FACTOR * median and own - median > least]

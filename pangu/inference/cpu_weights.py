@@ -1,4 +1,4 @@
-"""Weights as a CPU reads them fastest. A token's time is the time to read every weight once, so how they lie decides it.
+"""Weights in the memory layout that a CPU reads fastest. The time per token is the time to read every weight once.
 
 Shapes: B rows, S positions, I input features, O output features (or vocabulary), H hidden.
 """
@@ -17,15 +17,15 @@ from pangu.model.model import PanguModel
 
 Linear = (ColumnParallelLinear, RowParallelLinear)
 MAX_WEIGHT, MAX_ACTIVATION = 63, 127
-"""Why weights have no more than 7 bits: processors without VNNI add pairs of 8-bit products, inputs shifted to [0, 255], in 16 bits, and
-cut what exceeds those without a word. 2 · 255 · 63 fits, so that every processor gives the exact sums."""
+"""Largest absolute values of quantized weights (7 bits) and activations. Processors without VNNI add pairs of 8-bit products, inputs
+shifted to [0, 255], in 16 bits, and silently saturate. 2 · 255 · 63 fits, so that every processor gives the exact sums."""
 
 
 def arrange_for_cpu(model: PanguModel) -> None:
-    """Lay the matrices out in memory as a CPU multiplies a few rows with them fastest, in place; the numbers stay what they are.
+    """Store the matrices, in place, in the layout with which a CPU multiplies a few rows fastest; the values do not change.
 
-    A whole model in fp32 on an x86 processor has them packed for oneDNN: it can then no longer be trained or saved. Otherwise they lie as
-    [in, out], which BLAS reads faster.
+    For a whole model in fp32 on an x86 processor they are packed for oneDNN: it can then no longer be trained or saved. Otherwise they are
+    stored as [in, out], which BLAS reads faster.
     """
     if model.context.tensor.size == 1 and has_onednn() and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         _replace(model, PackedLinear, PackedEmbedding)
@@ -42,7 +42,7 @@ def quantize(model: PanguModel) -> None:
 
 
 def _replace(model: PanguModel, linear: Callable[[Tensor, Tensor], nn.Module], embedding: Callable[[Tensor], nn.Module]) -> None:
-    """Put other modules in the place of the linear layers and of the word embedding; they are made of the weights and biases."""
+    """Replace the linear layers and the word embedding by modules built from their weights and biases."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
@@ -52,13 +52,13 @@ def _replace(model: PanguModel, linear: Callable[[Tensor, Tensor], nn.Module], e
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b in fp32, W packed in the blocks that oneDNN reads it in. torch's own BLAS packs none, or anew at each call.
+    """y = x Wᵀ + b in fp32, with W packed once in oneDNN's block format. torch's own BLAS does not pack it, or packs it at each call.
 
-    What a row of x gives does not depend on the rows beside it.
+    The result of a row of x does not depend on the other rows.
     """
 
     packed_OI: Tensor
-    """Opaque: its memory cannot be looked at."""
+    """The packed weight, an opaque tensor whose memory cannot be read."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """A table of V rows that is looked up, and the output layer that is tied to it, for which the table is held once more, packed."""
+    """A table of V rows and the output layer that is tied to it, for which a packed copy of the table is kept."""
 
     def __init__(self, weight_VH: Tensor) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ class PackedEmbedding(nn.Module):
 
 
 class Int8Matrix(nn.Module):
-    """A matrix W [O, I] in 8 bits, with a scale for each row.
+    """A matrix W [O, I] in 8 bits, with a scale per row.
 
-    Inputs are rounded to 8 bits when they come, with a scale for each position, so that a row's result does not depend on the rows beside
+    Inputs are quantized to 8 bits with a scale per position, so that a row's result does not depend on the rows beside
     it; the sums are whole numbers and exact.
     """
 
@@ -127,7 +127,7 @@ class Int8Linear(Int8Matrix):
 
 
 class Int8Embedding(Int8Matrix):
-    """A table of V rows that is looked up, and the output layer that is tied to it."""
+    """A table of V rows in 8 bits, and the output layer that is tied to it."""
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Look ids up: ids_BS int64 -> x_BSH."""
@@ -139,5 +139,5 @@ class Int8Embedding(Int8Matrix):
 
 
 def _scale(x: Tensor, largest: int) -> Tensor:
-    """What `largest` stands for in each row of the last dimension: its greatest absolute value, and any number where all are 0."""
+    """Quantization scale of each row of the last dimension: the value of one step, if its greatest absolute value maps to `largest`."""
     return x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-20) / largest

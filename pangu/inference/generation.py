@@ -1,10 +1,10 @@
-"""Text that continues a prompt.
+"""Generates text that continues a prompt.
 
     generator = TextGenerator.from_directory("runs/quickstart/weights")
     [answer] = generator.generate(["四川的省会是?"], max_new_tokens=20, temperature=0)
     print(answer.text)
 
-Started by torchrun, each process holds a slice of the model (tensor parallelism) and all return the same.
+Under torchrun each process holds a slice of the model (tensor parallelism) and all return the same text.
 Shapes: B prompts, S columns computed at once, V vocabulary.
 """
 
@@ -34,21 +34,21 @@ DEFAULT_NEW_TOKENS = 100
 
 @dataclass(frozen=True)
 class Generation:
-    """What continues one prompt."""
+    """The continuation of one prompt."""
 
     text: str
-    """The ids decoded by themselves. Never cut it out of the decoded whole: the tokenizer's NFKC changes the prompt's length."""
+    """The decoded continuation. Do not cut it out of the decoded whole: the tokenizer's NFKC changes the length of the prompt."""
     ids: list[int]
-    """The new tokens, without the stop token that ended the text; those that spell a stop string are among them."""
+    """Ids of the new tokens, without the stop token that ended the text but with those that spell a stop string."""
     finish_reason: Literal["stop", "length"]
     """`stop`: a stop token or a stop string ended the text. `length`: it reached `max_new_tokens`, or the end of the window."""
     logprobs: list[float] = field(default_factory=list, compare=False)
-    """Natural logarithm of the probability that the model gave each of `ids`, before temperature, penalties and any cut. Their last bits
-    depend on the batch and on the number of processes: two generations are equal without them."""
+    """Natural logarithm of the probability of each of `ids`, before temperature, penalties, top-k and top-p. The last bits
+    depend on the batch and on the number of processes, so that they are not compared by `==`."""
 
 
 class _Row:
-    """One continuation while it grows. It has a text meanwhile only if somebody looks at it: a stop string, or the caller."""
+    """One unfinished continuation. Its text is decoded only if it is needed: for stop strings, or for the caller."""
 
     def __init__(self, limit: int, stream: TextStream | None) -> None:
         self.limit, self.stream = limit, stream
@@ -57,7 +57,7 @@ class _Row:
         self.finish_reason: Literal["stop", "length", ""] = ""
 
     def add(self, token_id: int, logprob: float, ends: Collection[int]) -> str:
-        """Take the next token; give the text that became certain."""
+        """Append the next token; return the text that has become certain."""
         if token_id in ends:
             self.finish_reason = "stop"
             return self.stream.end() if self.stream else ""
@@ -72,18 +72,18 @@ class _Row:
         return piece
 
     def generation(self, tokenizer: PanguTokenizer) -> Generation:
-        """The continuation, which has ended."""
+        """The finished continuation."""
         assert self.finish_reason
         text = self.stream.text if self.stream else tokenizer.decode(self.ids)
         return Generation(text, self.ids, self.finish_reason, self.logprobs)
 
 
 class TextGenerator:
-    """A model and its tokenizer.
+    """Generates text with a model and its tokenizer.
 
     Args:
         model: the whole model, or this rank's slice of it; it is put into evaluation mode. No sequence parallelism.
-        tokenizer: with no more ids than the model; ids that only the model has are never generated.
+        tokenizer: a tokenizer with at most as many ids as the model; ids that only the model has are never generated.
 
     Raises:
         InputError: if the tokenizer has more ids than the model.
@@ -132,18 +132,19 @@ class TextGenerator:
 
         Args:
             prompts: texts; an empty one continues the separator, which is how a document begins.
-            max_new_tokens: at most so many a prompt. None: `DEFAULT_NEW_TOKENS`, or what the prompt leaves of the window.
-            num_samples: continuations of each prompt. They stand side by side in what is returned; the prompt is computed once.
-            seed: one number of 0 or more for all prompts, or one a prompt. Sample j of a prompt draws with its seed + j.
+            max_new_tokens: maximum number of new tokens per prompt. None: `DEFAULT_NEW_TOKENS`, or what fits into the window after the
+                prompt.
+            num_samples: number of continuations per prompt, adjacent in the result; the prompt is computed once.
+            seed: one number of 0 or more for all prompts, or one per prompt. Sample j of a prompt uses its seed + j.
             stop: strings that end a text and are not part of it, in the tokenizer's spelling or any that it folds to that.
             stop_ids: tokens that end a text; None means the model's document separator.
             truncate_prompts: drop the beginning of a prompt that leaves too little of the window, instead of refusing it.
-            on_text: called with the place of a continuation in what is returned and its next characters, as soon as they are certain.
-                Joined, they are its text. Under torchrun every process calls its own.
+            on_text: called with the index of a continuation in the result and its next characters, as soon as they are certain.
+                Concatenated, they are its text. Under torchrun every process calls its own.
             sampling: the fields of `Sampling`.
 
         Returns:
-            `num_samples` continuations a prompt, in order.
+            `num_samples` continuations per prompt, in order.
 
         Raises:
             InputError: if a value is out of its range, or a prompt and its continuation exceed the window.
@@ -151,7 +152,7 @@ class TextGenerator:
         how = Sampling(**sampling)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts) or min(seeds, default=0) < 0:
-            raise InputError(f"seed = {seed}; expected one number of 0 or more, or {len(prompts)} of them, one a prompt.")
+            raise InputError(f"seed = {seed}; expected one number of 0 or more, or {len(prompts)} of them, one per prompt.")
         if num_samples < 1:
             raise InputError(f"num_samples = {num_samples}; expected 1 or more.")
         stops = decoded_stops(stop, self.tokenizer)
@@ -179,7 +180,7 @@ class TextGenerator:
         return [row.generation(self.tokenizer) for row in rows]
 
     def _limits(self, encoded: list[list[int]], asked: int | None) -> list[int]:
-        """How many tokens to generate for each prompt, given as ids. Raises InputError where they do not fit into the window."""
+        """Number of tokens to generate for each prompt, given as ids. Raises InputError if they do not fit into the window."""
         if asked is not None and asked < 1:
             raise InputError(f"max_new_tokens = {asked}; expected 1 or more.")
         lengths = [len(ids) for ids in encoded]
@@ -202,7 +203,7 @@ class TextGenerator:
         sampling: Sampling,
         generators: Sequence[torch.Generator],
     ) -> Iterator[tuple[list[int], list[float]]]:
-        """The next token of every continuation and its log-probability, `num_new` times.
+        """Yield the next token of every continuation and its log-probability, `num_new` times.
 
         A row that has ended goes on, so that the batch keeps its shape; it may run out of positions, and then stays at the last.
         """
@@ -234,7 +235,7 @@ class TextGenerator:
                 logits_BV, logprobs_BV = self._next_scores(chosen_B.unsqueeze(-1), next_position_B1, caches)
 
     def _next_scores(self, tokens_BS: Tensor, position_ids_BS: Tensor, caches: Sequence[Cache]) -> tuple[Tensor, Tensor]:
-        """Logits of the token after the last column and, in fp32, log-probabilities: [B, V], V being the tokenizer's ids.
+        """Logits of the token after the last column, and log-probabilities in fp32: [B, V], V being the number of the tokenizer's ids.
 
         Equal on every rank.
         """

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens already seen, so that generating a token computes that token alone.
+"""The key-value cache, with which generation computes only the new token.
 
-Prompts of different lengths share a batch by left padding: token i of a row stands in column padding + i, so that all rows end in the
+Prompts of different lengths share a batch by left padding: token i of a row is in column padding + i, so that all rows end in the
 same column and grow together. A token's position, by which both the position and the query embedding are looked up, is column - padding.
 
 Shapes: B rows, N heads on this rank, S new columns, K columns so far, M columns at most, D head dimension.
@@ -16,12 +16,12 @@ from pangu.model.model import PanguModel
 
 
 class LayerCache:
-    """Keys and values of one layer (a `pangu.model.block.Cache`), in memory that is taken once.
+    """Keys and values of one layer (a `pangu.model.block.Cache`), in memory that is allocated once.
 
     Args:
-        k_BNMD: memory for the keys; its content is not looked at.
+        k_BNMD: memory for the keys; may be uninitialized.
         v_BNMD: memory for the values.
-        visible_B1MM: bool, which column each column sees (`visible_columns`).
+        visible_B1MM: bool, True where a column attends to another (`visible_columns`).
     """
 
     def __init__(self, k_BNMD: Tensor, v_BNMD: Tensor, visible_B1MM: Tensor) -> None:
@@ -32,7 +32,7 @@ class LayerCache:
         """Store the keys and values of the next columns.
 
         Returns:
-            k_BNKD and v_BNKD of all columns so far (views), and the bool mask [B, 1, S, K] of what each new column sees.
+            k_BNKD and v_BNKD of all columns so far (views), and the bool mask [B, 1, S, K] of the columns that each new column attends to.
         """
         begin, self.length = self.length, self.length + k_BNSD.shape[2]
         self.k_BNMD[:, :, begin : self.length] = k_BNSD
@@ -41,7 +41,7 @@ class LayerCache:
         return self.k_BNMD[:, :, seen], self.v_BNMD[:, :, seen], self.visible_B1MM[:, :, begin : self.length, seen]
 
     def repeat(self, times: int) -> None:
-        """Turn each row into `times` equal rows, side by side."""
+        """Repeat each row `times` times; the copies are adjacent."""
         self.k_BNMD, self.v_BNMD, self.visible_B1MM = (
             x.repeat_interleave(times, dim=0) for x in (self.k_BNMD, self.v_BNMD, self.visible_B1MM)
         )
@@ -53,7 +53,7 @@ def make_caches(model: PanguModel, padding_B: Tensor, max_length: int) -> list[L
     Takes 2 · layers · B · M · hidden_size / T numbers of the weights' dtype on each of T tensor-parallel ranks.
 
     Args:
-        model: the model; the caches lie on its device.
+        model: the model; the caches are on its device.
         padding_B: int64, columns of padding on the left of each row.
         max_length: M, padding included.
     """
@@ -69,9 +69,9 @@ def make_caches(model: PanguModel, padding_B: Tensor, max_length: int) -> list[L
 
 
 def visible_columns(padding_B: Tensor, max_length: int) -> Tensor:
-    """bool [B, 1, M, M], True where a row's column (third dimension) sees another (fourth): tokens see earlier tokens and themselves.
+    """bool [B, 1, M, M], True where a column (third dimension) attends to another (fourth): tokens attend to earlier ones and themselves.
 
-    Padding is seen by nobody but itself. It must see something: the softmax over nothing is not a number.
+    Only padding attends to padding, each column to itself: the softmax over an empty set would be NaN.
     """
     device = padding_B.device
     is_token_BM = torch.arange(max_length, device=device) >= padding_B.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from weights of any format, over the processes that run."""
+"""Loads a model and its tokenizer from weights of any format, distributed over the running processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pangu.model.model import PanguModel
 from pangu.text.tokenizer import PanguTokenizer
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
-"""The first collective waits for the slowest rank to read its weights."""
+"""Timeout of collectives in seconds: the first one waits for the slowest rank to read its weights."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """This rank's part."""
+    """A loaded model, or this rank's slice of it, with its tokenizer and process groups."""
 
     model: PanguModel
     tokenizer: PanguTokenizer
@@ -33,17 +33,18 @@ class Loaded:
 
 
 def load(path: Path, tensor_parallel: int | None = None, *, int8: bool = False) -> Loaded:
-    """Read the weights. They keep their dtype on an accelerator; for a CPU, where 16 bits are slow, they become fp32 and are laid out.
+    """Load a model. Weights keep their dtype on an accelerator; on a CPU, where 16 bits are slow, they become fp32 in a faster memory
+    layout.
 
     Args:
         path: weights of any format with the `vocab.model` beside them.
-        tensor_parallel: processes that share a copy of the model; None: all.
-        int8: compute with 8-bit weights: a little less exact; one process a copy, on a CPU (`quantize`).
+        tensor_parallel: number of processes that share a copy of the model; None: all.
+        int8: compute with 8-bit weights, slightly less exact; needs one process per copy, on a CPU (`quantize`).
 
     Raises:
         InputError: if the weights or their tokenizer are not usable, the heads do not divide, or `int8` is asked of an accelerator or of
             several processes.
-        LayoutError: if the processes are no multiple of `tensor_parallel`.
+        LayoutError: if the number of processes is not a multiple of `tensor_parallel`.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     tensor_parallel = num_ranks if tensor_parallel is None else tensor_parallel

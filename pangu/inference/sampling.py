@@ -1,7 +1,7 @@
-"""Choosing the next token from its logits: penalties, greedy, temperature, top-k and top-p.
+"""Chooses the next token from its logits: penalties, greedy, temperature, top-k and top-p.
 
-Each row of a batch draws from its own generator and needs one number of it a token, so a row's choice depends on its logits and its seed
-alone: not on the rows beside it, nor on the device.
+Each row of a batch draws one number per token from its own generator, so a row's choice depends on its logits and its seed
+alone, not on the other rows or the device.
 
 Shapes: B rows, V vocabulary, C candidates.
 """
@@ -20,25 +20,26 @@ from pangu.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. The defaults draw from the model's own distribution.
+    """Parameters of sampling. The defaults sample from the model's own distribution.
 
     Raises:
         InputError: if a value is out of its range.
     """
 
     temperature: float = 1.0
-    """Logits are divided by it: below 1 favours likely tokens. 0 is greedy: always the likeliest token."""
+    """Divisor of the logits: below 1 favours likely tokens. 0 is greedy: always the most likely token."""
     top_k: int = 0
-    """Draw among so many likeliest tokens; 1 is greedy, 0 all."""
+    """Number of most likely tokens to sample from; 1 is greedy, 0 means all."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest tokens whose probabilities sum to this or more (nucleus sampling, arXiv 1904.09751); 1 is all."""
+    """Sample from the smallest set of most likely tokens with at least this total probability (nucleus sampling, arXiv 1904.09751); 1:
+    all."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that stand in the prompt or the continuation are divided by it where positive, multiplied where negative
+    """Factor by which logits of tokens in the prompt or the continuation are divided if positive, multiplied if negative
     (arXiv 1909.05858, section 4.1); 1 is none."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time that the continuation has it; 0 is none."""
+    """Amount subtracted from a token's logit once per occurrence in the continuation; 0 is none."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token that the continuation has; 0 is none."""
+    """Amount subtracted once from the logit of each token that occurs in the continuation; 0 is none."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
@@ -55,7 +56,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always chosen. So it is, in fp32, at any temperature that rounds to 0 beside a logit."""
+        """Whether the most likely token is always chosen; in fp32 this also holds for a temperature that is negligible beside a logit."""
         return self.temperature < 1e-6 or self.top_k == 1
 
     @property
@@ -65,13 +66,13 @@ class Sampling:
 
 
 class Penalties:
-    """What was said so far, and what that does to the logits. Every term comes before the temperature.
+    """The tokens so far and the penalties on their logits, which are applied before the temperature.
 
     Args:
-        sampling: how strong.
+        sampling: the strengths of the penalties.
         prompts: the ids of each row's prompt.
-        vocab_size: V; other ids are never chosen and need no place.
-        device: where the logits lie.
+        vocab_size: V, the number of ids that can be chosen.
+        device: device of the logits.
     """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
@@ -82,13 +83,13 @@ class Penalties:
             self.seen_BV[row, torch.tensor(ids, device=device)] = True
 
     def add(self, ids_B: Tensor) -> None:
-        """Count the token that each row was given."""
+        """Count the token that was chosen for each row: ids_B, int64."""
         ids_B1 = ids_B.unsqueeze(-1)
         self.count_BV.scatter_add_(1, ids_B1, torch.ones_like(ids_B1, dtype=torch.float32))
         self.seen_BV.scatter_(1, ids_B1, True)
 
     def apply(self, logits_BV: Tensor) -> Tensor:
-        """The logits to choose from, fp32."""
+        """The logits with penalties applied, [B, V], fp32."""
         logits_BV, repetition = logits_BV.float(), self.sampling.repetition_penalty
         repeated_BV = torch.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
         logits_BV = torch.where(self.seen_BV, repeated_BV, logits_BV)
@@ -96,7 +97,7 @@ class Penalties:
 
 
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, likeliest first; of equally likely ones the lower id first.
+    """The candidate tokens, most likely first; among equally likely ones the lower id first.
 
     Temperature comes first, then top-k, then top-p of what top-k left.
 

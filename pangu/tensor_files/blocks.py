@@ -1,4 +1,4 @@
-"""The bytes of a tensor as a file wants them: in C order, of the file's type, a block at a time."""
+"""The bytes of a tensor in the form of a file: in C order, with the file's dtype, one block at a time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 16 * 2**20
-"""What is converted to another type at once."""
+"""Number of bytes that are converted to another dtype at once."""
 
 
 def blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of a tensor in C order, converted block by block.
 
-    A transposed tensor is copied once as a whole: by blocks that takes three times as long.
+    A transposed tensor is copied once as a whole: block by block that would take three times as long.
     """
     rows = tensor.contiguous().view(tensor.shape or (1,))
     row_bytes = math.prod(rows.shape[1:]) * dtype.itemsize

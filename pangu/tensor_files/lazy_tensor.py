@@ -1,4 +1,4 @@
-"""A tensor in somebody's file that is read when it is asked for, and one that is put together from slices."""
+"""A tensor in a file that is read lazily, and one that is merged from slices."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A full tensor in the canonical layout that is read when it is asked for."""
+    """A full tensor in the canonical layout that is read lazily."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    """Reads it. The result may be a view of a memory-mapped file: do not write into it, and drop it before reading the next."""
+    """Reads the tensor. The result may be a view of a memory-mapped file: do not write into it, and drop it before reading the next."""
     read_part: Callable[[int, int, int], Tensor] | None = None
-    """Reads [begin, end) along a dimension, where the format can do that without reading all: (dimension, begin, end)."""
+    """Reads [begin, end) along a dimension, given (dimension, begin, end); None if the format cannot do that without reading all."""
     copies: Callable[[], Iterable[tuple[str, LazyTensor]]] = tuple
-    """Where else the source holds the same tensor, which is not read from there: (place in words, tensor as it is stored)."""
+    """Other places in which the source holds the same tensor, which are used only for verification: (description, stored tensor)."""
 
     def part(self, dimension: int, begin: int, end: int) -> Tensor:
-        """[begin, end) along a dimension, reading no more than that if the format can."""
+        """Read [begin, end) along a dimension, and no more than that if the format allows it."""
         return self.read_part(dimension, begin, end) if self.read_part else self.read().narrow(dimension, begin, end - begin)
 
 
 def merged(pieces: Sequence[LazyTensor], split_dim: int | None, shape: tuple[int, ...]) -> LazyTensor:
-    """The full tensor, as `ShardSpec.merge` would put it together, with one slice mapped at a time.
+    """The full tensor merged from its slices like `ShardSpec.merge`, with one slice mapped at a time.
 
     Args:
-        pieces: in rank order, all of one shape and dtype. Of a replicated tensor the first is read, the others are its copies.
-        split_dim: the dimension they are cut along.
-        shape: of the full tensor; where the slices make more, the rest is padding and dropped.
+        pieces: the slices in rank order, all of one shape and dtype. For a replicated tensor the first is read, the others are copies.
+        split_dim: the dimension that is split; None for a replicated tensor.
+        shape: shape of the full tensor; if the slices are larger together, the rest is padding and dropped.
     """
 
     def part(dim: int, begin: int, end: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""MindSpore's .ckpt files, byte by byte: protobuf that is read by offset, a tensor at a time, and written as MindSpore writes it.
+"""Reads and writes MindSpore's .ckpt files: protobuf that is read by offset, one tensor at a time, and written as MindSpore writes it.
 
     Checkpoint   1 value (repeated)
     Value        1 tag, the parameter's name    2 tensor                3 maptensor (not read)
@@ -6,7 +6,7 @@
 
 A file is a concatenation of such messages, one value each. A tensor of more than 512 MiB is several consecutive values with the same tag
 and the full dims in each, its bytes in file order. Some files end in 17 bytes: `crc_num` and the CRC-32 of all before, big-endian. A size
-that a file claims is never believed before it is compared with the bytes that are there.
+that a file states is never used before it is compared with the bytes that exist.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pangu.tensor_files.blocks import BLOCK_BYTES, blocks
 from pangu.tensor_files.lazy_tensor import LazyTensor
 
 CHUNK_BYTES = 512 * 2**20
-"""MindSpore's SLICE_SIZE: a value of a file that it writes holds at most so much of a tensor."""
+"""MindSpore's SLICE_SIZE: the number of bytes of a tensor that one value of a file holds at most."""
 
 # Bounds that no real file comes near; a hostile one costs no more than they allow.
 MAX_VALUES = 1 << 16
@@ -62,7 +62,7 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 class Message(NamedTuple):
-    """A protobuf message, or any field with a length, that lies in a buffer. Nothing of it is copied until it is asked for."""
+    """A protobuf message, or any length-delimited field, inside a buffer. Its bytes are copied only when they are read."""
 
     path: Path
     buffer: bytes | mmap.mmap
@@ -70,7 +70,7 @@ class Message(NamedTuple):
     end: int
 
     def refuse(self, at: int, problem: str) -> NoReturn:
-        """Raise what every malformed message ends in."""
+        """Raise InputError about a malformed message, with the path and the byte offset `at`."""
         raise InputError(f"{self.path}: byte {at:,}: {problem}. The file was cut off, is damaged or is of another format: copy it again.")
 
     def fields(self, most: int = MAX_FIELDS) -> Iterator[tuple[int, int, int | Message]]:
@@ -102,7 +102,7 @@ class Message(NamedTuple):
             self.refuse(at, f"more than {most:,} fields")
 
     def integers(self) -> list[int]:
-        """The message as packed signed integers."""
+        """The message decoded as packed signed integers."""
         values, at = [], self.begin
         while at < self.end:
             value, at = self._varint(at)
@@ -112,7 +112,7 @@ class Message(NamedTuple):
         return values
 
     def text(self) -> str:
-        """The message as a short string."""
+        """The message decoded as a short UTF-8 string."""
         if self.end - self.begin > MAX_TAG_BYTES:
             self.refuse(self.begin, f"a name of {self.end - self.begin:,} bytes, at most {MAX_TAG_BYTES:,} expected")
         try:
@@ -136,26 +136,26 @@ class Message(NamedTuple):
 
 
 def signed(value: int) -> int:
-    """A varint as the int32 or int64 it stands for."""
+    """The int32 or int64 that an unsigned varint encodes."""
     return value - 2**64 if value >= 2**63 else value
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file says about a tensor, and where its bytes lie."""
+    """Description of a tensor in a file, and the location of its bytes."""
 
     shape: tuple[int, ...]
     type_name: str
     dtype: torch.dtype | None
-    """None: a type that cannot be read here (strings, 4-bit integers, maps); its bytes are not counted."""
+    """Dtype; None for a type that cannot be read here (strings, 4-bit integers, maps), whose bytes are not checked."""
     pieces: tuple[tuple[int, int], ...]
-    """Offset and number of bytes, in order."""
+    """Offset and number of bytes of each piece, in order."""
 
     def lazy(self, path: Path, name: str) -> LazyTensor:
-        """The tensor of the file `path`, to be read when it is asked for, into memory of its own.
+        """A lazy tensor of the file `path`; each read allocates its own memory.
 
         Raises:
-            InputError: if it is empty or not of floating point. The reads raise it if the file has shrunk meanwhile.
+            InputError: if the tensor is empty or not floating point; on reading, if the file has shrunk in the meantime.
         """
         dtype = self.dtype
         if 0 in self.shape:
@@ -171,7 +171,7 @@ class StoredTensor:
         return LazyTensor(self.shape, dtype, lambda: self.read(path), read_part)
 
     def read(self, path: Path) -> Tensor:
-        """All of it."""
+        """Read the whole tensor from the file `path`."""
         assert self.dtype is not None, self.type_name
         whole = torch.empty(self.shape or (1,), dtype=self.dtype)
         self._read_into(path, whole, 0, 0)
@@ -208,7 +208,7 @@ class StoredTensor:
 
 @contextmanager
 def mapped(path: Path) -> Iterator[Message]:
-    """A file as one message; no more of it is read than is looked at."""
+    """A memory-mapped file as one message; only the bytes that are accessed are read."""
     try:
         with open_file(path) as file:
             size = file.seek(0, 2)
@@ -221,10 +221,10 @@ def mapped(path: Path) -> Iterator[Message]:
 
 
 def scan(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .ckpt by name, in file order. Only what lies between their bytes is read.
+    """The tensors of a .ckpt by name, in file order. Only the headers between the tensors' bytes are read.
 
     Raises:
-        InputError: with the file and the offset, if it is no whole MindSpore checkpoint.
+        InputError: with the file and the offset, if it is not a complete MindSpore checkpoint.
     """
     with mapped(path) as whole:
         if whole.buffer[:4] in ENCRYPTED:
@@ -335,10 +335,10 @@ def write_tensor(file: BinaryIO, tag: str, tensor: Tensor, dtype: torch.dtype) -
     """Append a tensor to a .ckpt, byte for byte as `mindspore.save_checkpoint` does.
 
     Args:
-        file: open for writing.
-        tag: its name.
-        tensor: of one dimension or more, in any memory order.
-        dtype: to write.
+        file: a file opened for writing.
+        tag: the tensor's name.
+        tensor: a tensor of one dimension or more, in any memory layout.
+        dtype: dtype to write.
     """
     total, room = tensor.numel() * dtype.itemsize, 0
     for left in blocks(tensor, dtype):

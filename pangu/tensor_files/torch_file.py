@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without executing anything in them and one tensor at a time, and written one tensor at a time.
+"""Reads files of `torch.save` without executing anything in them, and writes such files, one tensor at a time.
 
     root = load(Path("model_optim_rng.pt"))                  # plain containers; tensors are StoredTensor, all else is inert
     root["model"]["weight"].read()                           # maps just this tensor's bytes
@@ -35,10 +35,10 @@ from pangu.tensor_files.blocks import blocks
 from pangu.tensor_files.torch_pickle import MAX_BYTES, Global, Machine, Opaque, PickleError
 
 MAX_MEMBERS = 100_000
-"""Storages in a file: twenty times those of a 200B model with its optimizer."""
+"""Largest number of storages in a file: twenty times those of a 200B model with its optimizer."""
 ALIGNMENT = 64
 WIDE = 2**31 - 1
-"""Members of so many bytes are written in the 64-bit form of zip archives."""
+"""Size in bytes from which members are written in the 64-bit form of zip archives."""
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -59,7 +59,7 @@ class _Storage:
     dtype: torch.dtype
     numel: int
     begin: int | None
-    """Where its bytes begin; in a legacy file this is known once the pickles are read."""
+    """Offset of the storage's bytes in the file; in a legacy file it is known only after the pickles are read."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,11 +74,11 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored one."""
+        """The dtype in the file."""
         return self.storage.dtype
 
     def read(self) -> Tensor:
-        """The tensor, as a view of the mapped file: only what is looked at is read, and memory is given back with the last view of it.
+        """The tensor as a view of the mapped file: only what is accessed is read, and the mapping is released with its last view.
 
         Raises:
             InputError: if the file has become shorter since it was opened.
@@ -95,7 +95,7 @@ class StoredTensor:
                 # A private mapping is writable, which torch asks for; what is written never reaches the file.
                 mapped = mmap.mmap(file.fileno(), begin - page + count * size, access=mmap.ACCESS_COPY, offset=page)
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}: cannot be read any more ({error}). Was it changed meanwhile?") from None
+            raise InputError(f"{self.path}: cannot be read any more ({error}). Was it changed while it was read?") from None
         if begin % size:
             flat = torch.frombuffer(mapped, dtype=torch.uint8, count=count * size, offset=begin - page).clone().view(self.dtype)
         else:
@@ -104,7 +104,7 @@ class StoredTensor:
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file begins as `torch.save` writes them."""
+    """Whether a file begins like one that `torch.save` has written."""
     try:
         with open_file(path) as file:
             head = file.read(len(_LEGACY_MAGIC))
@@ -114,12 +114,12 @@ def is_torch_file(path: Path) -> bool:
 
 
 def load(path: Path) -> Any:
-    """What a file of `torch.save` holds: plain containers with `StoredTensor`, `Global` and `Opaque` in them.
+    """The content of a file of `torch.save`: plain containers with `StoredTensor`, `Global` and `Opaque` in them.
 
     Nesting is not limited: never walk the value recursively, compare it or print it.
 
     Raises:
-        InputError: in one line, in bounded time and memory, whatever the bytes are.
+        InputError: if the file is damaged or of another format. Time and memory are bounded for any content.
     """
     try:
         with open_file(path) as file:
@@ -206,7 +206,7 @@ def _storage_identity(identity: Any, length: int) -> tuple[torch.dtype, str, int
 
 
 def _calls(path: Path) -> dict[str, Callable[[tuple[Any, ...]], Any]]:
-    """What may be called: nothing of torch's; these rebuild descriptions of tensors."""
+    """The functions that a pickle may call: not torch's own, but replacements that build descriptions of tensors."""
 
     def tensor(args: tuple[Any, ...]) -> StoredTensor:
         # storage, offset, shape, strides, requires_grad, hooks[, metadata]
@@ -353,7 +353,7 @@ def _wide(extra: bytes, values: list[int]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """Stands in a tree for a tensor that will be written."""
+    """Placeholder in a tree for a tensor that will be written later."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -366,8 +366,8 @@ class TorchFileWriter:
             writer.write(weight)
 
     Args:
-        path: the file.
-        tree: dicts, plain values, and a `Planned` for each tensor.
+        path: the file to write.
+        tree: nested dicts of plain values, with a `Planned` for each tensor.
     """
 
     def __init__(self, path: Path, tree: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""A pickle machine that executes nothing: it builds plain containers, and what a pickle calls or instantiates becomes an inert `Opaque`.
+"""A pickle interpreter that executes nothing: it builds plain containers; what a pickle calls or instantiates becomes an inert `Opaque`.
 
     value, end = Machine(data, persistent=..., calls=...).run()
 
 Python's own unpicklers do not serve here, restricted or not. A subclass of `pickle.Unpickler` with a closed `find_class` still sizes its
-memo by the file's claim (gigabytes from ten bytes), and hashes nested tuples and colliding integers for as long as the file likes.
+memo by a number in the file (gigabytes from ten bytes), and hashes nested tuples and colliding integers without a bound on time.
 `torch.load(weights_only=True)` refuses what real checkpoints hold (`argparse.Namespace`, loss scalers) unless those very classes are let
-in. This machine knows the opcodes that checkpoints are written with, each in a line, and no value in it has behaviour.
+in. This interpreter supports the opcodes that checkpoints use, one line each, and its values have no behaviour.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 
 MAX_BYTES = 16 * 2**20
 MAX_OPCODES = 500_000
-"""Both are more than ten times what a checkpoint of the 200B model with its optimizer needs; together they bound time and memory."""
+"""Limits that are more than ten times what a checkpoint of the 200B model with its optimizer needs; together they bound time and memory."""
 
 MAX_NAME = 512
-"""Characters of a class or function with its module. A name is one copy each time it is asked for."""
+"""Largest length of a class or function name with its module. Each use of a name makes a copy."""
 
 
 class PickleError(ValueError):
-    """The pickle is damaged, hostile, or not of the kind that checkpoints hold. The message is a part of a line."""
+    """The pickle is damaged, hostile, or not of the kind that checkpoints hold. The message is a fragment for the caller's error line."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A function or class that a pickle names. It is never looked up."""
+    """A function or class named in a pickle. It is never imported."""
 
     name: str
     """Module and name, joined by a dot."""
@@ -37,12 +37,12 @@ class Global:
 
 @dataclass(eq=False, repr=False)
 class Opaque:
-    """Whatever a pickle would have made by calling something: only what it would have been called with."""
+    """An object that a pickle would have created by a call: only the call's function and arguments are kept."""
 
     name: str
     args: Any = None
     state: Any = None
-    """What `__setstate__` or `__dict__` would have got."""
+    """The state that would have been passed to `__setstate__` or `__dict__`."""
 
 
 class Machine:
@@ -52,10 +52,10 @@ class Machine:
     is not limited: never walk a value recursively, compare it or print it.
 
     Args:
-        data: holds the pickle.
-        start: where it begins.
-        persistent: makes a value of a persistent id.
-        calls: what stands for a call of these functions, by their full name: given the tuple of arguments.
+        data: bytes that contain the pickle.
+        start: offset of the pickle.
+        persistent: returns the value for a persistent id.
+        calls: by full name, replacements for functions that the pickle calls; each is given the tuple of arguments.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self) -> tuple[Any, int]:
-        """The value, and where the pickle ends.
+        """The value, and the offset at which the pickle ends.
 
         Raises:
-            PickleError: in bounded time and memory, whatever the bytes are.
+            PickleError: if the pickle is not acceptable. Time and memory are bounded for any content.
         """
         try:
             for _ in range(MAX_OPCODES):
@@ -128,7 +128,7 @@ class Machine:
         self._stack = []
 
     def _items(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Pop the values that were pushed since the last mark."""
         items, self._stack = self._stack, self._marked.pop()
         return items
 
@@ -187,7 +187,7 @@ class Machine:
 
 
 def _hashable(key: Any) -> Any:
-    """A dictionary key that is cheap to hash; any other key is as good as lost, and stands by its identity."""
+    """The key itself if it is cheap to hash, else a substitute that is hashed by identity, under which the value cannot be looked up."""
     cheap = type(key) in (str, bytes, bool, type(None)) or (type(key) is int and -(2**60) < key < 2**60)
     return key if cheap else Opaque("key", key)
 

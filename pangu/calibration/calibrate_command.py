@@ -1,6 +1,6 @@
-"""Measure this machine for the time model: matrix products, memory, collectives, and what DeepSpeed's engines cost. Writes a profile.
+"""Measure this machine for the time model: matrix products, memory, collectives, and the overhead of DeepSpeed's engines. Writes a profile.
 
-One process a device is started, on CPU as many as are asked for; all measure at once. Two to three minutes with the defaults.
+One process per device is started, on CPU as many as requested; all measure at once. It takes two to three minutes with the defaults.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", type=Path, default=CPU_CLUSTER, metavar="YAML", help=help_cluster)
     parser.add_argument("--output", type=Path, required=True, metavar="YAML", help="where to write the profile")
     parser.add_argument("--processes", type=int, metavar="N", help="devices of this machine to use (default: a server of the cluster)")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the matrix products (default fp32)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the matrix products (default 30)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="precision of the matrix products (default fp32)"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds to spend on the matrix products (default 30)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Start the processes and wait.
 
     Raises:
-        InputError: what they refuse.
+        InputError: if an option is refused or a process fails.
     """
     if (arguments.processes is not None and arguments.processes < 1) or not 0 < arguments.seconds <= 3600:
         raise InputError("--processes must be 1 or more, and --seconds between 0 and 3600.")
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     if processes > cluster.num_devices:
         raise InputError(f"--processes {processes} is more than the {cluster.num_devices} devices of {arguments.cluster}.")
     if not arguments.output.parent.is_dir():
-        raise InputError(f"--output {arguments.output}: there is no folder {arguments.output.parent}. Make it, or name another file.")
+        raise InputError(f"--output {arguments.output}: there is no folder {arguments.output.parent}. Create it, or name another file.")
     with tempfile.TemporaryDirectory() as folder:
         profile = _measured(arguments, processes, Path(folder) / "profile.yaml")
     save_profile(measure_training(profile, cluster, arguments.precision, processes), arguments.output)
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _measured(arguments: argparse.Namespace, processes: int, path: Path) -> Profile:
-    """What processes of this machine measure, all at once; they hand it over in a file."""
+    """Start processes that measure this machine, all at once, and read the profile that they write."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     paths = ["--cluster", str(arguments.cluster), "--output", str(path)]
     options = ["--precision", arguments.precision, "--seconds", str(arguments.seconds)]

@@ -1,6 +1,6 @@
-"""Train some steps of plans that differ as much as possible, on this machine, and compare how long they take with the prediction.
+"""Train some steps of plans that differ as much as possible, on this machine, and compare their times with the predictions.
 
-The data are random tokens. Of all plans that fit, the fastest is taken first and then always the one that is least like those taken.
+The data are random tokens. The fastest of all plans that fit is chosen first, and then always the one that differs most from those chosen.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--cluster", type=Path, default=CPU_CLUSTER, metavar="YAML", help="this machine (default: cpu_gloo.yaml)")
     parser.add_argument("--processes", type=int, metavar="N", help="devices of this machine to use (default: all of the cluster)")
-    parser.add_argument("--profile", type=Path, metavar="YAML", help="what `calibrate` measured; without it the defaults are used")
-    parser.add_argument("--plans", type=int, default=10, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="of each, after three that warm up (default: %(default)s)")
+    parser.add_argument("--profile", type=Path, metavar="YAML", help="profile that `calibrate` measured (default: the built-in constants)")
+    parser.add_argument("--plans", type=int, default=10, metavar="N", help="number of plans (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="measured steps per plan, after three warm-up steps (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The first candidate, and then always the one that is farthest from all that are taken; of equally far ones the fastest."""
+    """The first candidate, and then repeatedly the one farthest from all chosen ones; among equally far ones the fastest."""
     taken = [*candidates[:1]]
     distances = [math.inf] * len(candidates)
     while len(taken) < min(count, len(candidates)):
@@ -84,7 +86,7 @@ def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
 
 
 def _distance(one: Plan, other: Plan) -> float:
-    """In how many ways two plans differ; sizes count by their logarithm."""
+    """Distance between two plans: the number of settings that differ; sizes count by the difference of their logarithms."""
 
     def apart(a: int, b: int) -> float:
         return abs(math.log2(a / b))
@@ -100,6 +102,6 @@ def _distance(one: Plan, other: Plan) -> float:
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's: the correlation of the places that values have in order."""
+    """Spearman's rank correlation of two sequences of equal length."""
     places = [np.argsort(np.argsort(values)) for values in (one, other)]
     return float(np.corrcoef(places[0], places[1])[0, 1])

@@ -1,9 +1,10 @@
-"""Measure what a profile holds on the machine at hand: products, memory, the start of an operator, all-reduces, shared cores, engines.
+"""Measures a profile on this machine: matrix products, memory, the launch of an operator, all-reduces, shared cores, engines.
 
     torchrun --nproc-per-node 4 -m pangu.calibration.measurement --cluster ds_configs/clusters/cpu_gloo.yaml --output profile.yaml
 
-Every rank measures at once, as all devices of a server work at once in training; what the first one finds is written. `plan_parallel.py
-calibrate` starts the ranks, and adds what DeepSpeed's engines cost (`measure_training`): for that it trains a tiny model in a few layouts.
+All ranks measure at once, as all devices of a server work at once in training; the results of the first rank are written. `plan_parallel.py
+calibrate` starts the ranks, and adds the overhead of DeepSpeed's engines (`measure_training`): for that it trains a tiny model in a few
+layouts.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ PROBE = ModelConfig(num_layers=4, hidden_size=64, num_heads=4, vocab_size=512, m
 """What engines are measured with: so small that it costs them less than they cost it."""
 PROBE_STEPS = 8
 SOLUTIONS = 10
-"""Rounds in which the latency of collectives and the work of engines are told apart."""
+"""Number of rounds in which the latency of collectives and the overhead of engines are separated."""
 PROBE_FEW, PROBE_MANY = 2, 8
-"""Micro-batches of a step."""
+"""Number of micro-batches per step in the two runs of a trial."""
 TIMEOUT_SECONDS = 120.0
 
 
 def seconds_of(work: Callable[[], object], at_least: float = WINDOW_SECONDS) -> float:
-    """The mean of as many runs as fill a window, after one that warms up; the median of three windows.
+    """Seconds per run: the mean over as many runs as fill a window, after a warm-up run; the median of three windows.
 
     Not the shortest run, nor the median of single ones: where ranks share cores, what counts is what the others leave in the long run.
     """
@@ -81,8 +82,8 @@ def measure_matmuls(dtype: torch.dtype, budget: float, world: Group) -> tuple[Me
     """Products from the smallest up, until the time is spent.
 
     Args:
-        dtype: of the matrices.
-        budget: seconds, by the clock of the first rank.
+        dtype: dtype of the matrices.
+        budget: time limit in seconds, by the clock of the first rank.
         world: all ranks. They go through the products together: one that is ahead would leave its cores to the others.
     """
     device, end, found = accelerator.device(), time.monotonic() + budget, []
@@ -99,13 +100,13 @@ def measure_matmuls(dtype: torch.dtype, budget: float, world: Group) -> tuple[Me
 
 
 def measure_memory() -> float:
-    """GB/s of a sum of two large tensors."""
+    """Memory bandwidth in GB/s, from adding two large tensors."""
     large = torch.ones(3, 1 << 24, device=accelerator.device())
     return large.nbytes / 1e9 / seconds_of(lambda: torch.add(large[0], large[1], out=large[2]))
 
 
 def measure_operator() -> float:
-    """Microseconds to start an operator: a forward and a backward pass of a layer that has next to nothing to compute, by their number."""
+    """Microseconds to launch an operator: the time of a layer with almost nothing to compute, forward and backward, per operator."""
     device = accelerator.device()
     layer = Block(PROBE, ParallelContext(device=device, fill=random_weights(0)), RunOptions(reset_at_document=True), index=0)
     x_BSH = torch.zeros(1, 4, PROBE.hidden_size, device=device, requires_grad=True)
@@ -114,7 +115,7 @@ def measure_operator() -> float:
 
 
 def measure_sharing(world: Group) -> float:
-    """How many times as fast one rank computes while the others wait."""
+    """Speed of one rank while the others wait, relative to its speed while all compute."""
     a = torch.randn(256, 256, device=accelerator.device())
     collectives.barrier(world)
     together = seconds_of(lambda: product(a, a), at_least=0.4)
@@ -125,14 +126,14 @@ def measure_sharing(world: Group) -> float:
 
 
 def measure_link(group: Group, world: Group, level: str) -> MeasuredLink:
-    """A line through the times of all-reduces of several sizes: 2 (n - 1) latency + 2 (n - 1) / n bytes / bandwidth.
+    """Fit a line to the times of all-reduces of several sizes: 2 (n - 1) latency + 2 (n - 1) / n bytes / bandwidth.
 
     Between them the ranks compute, as in training: what counts is what an all-reduce adds. Ranks that share cores are woken up late.
 
     Args:
-        group: this rank's; all groups of its kind talk at once.
+        group: this rank's group; all groups of its kind communicate at once.
         world: all ranks.
-        level: that the group lies in.
+        level: name of the level that the group spans.
     """
     device = accelerator.device()
     a = torch.randn(256, 256, device=device)
@@ -175,10 +176,10 @@ def measure(cluster: Cluster, precision: str, budget: float, world_size: int) ->
     """A profile of this machine.
 
     Args:
-        cluster: whose figures the efficiencies are shares of.
-        precision: of the matrix products.
-        budget: seconds for them.
-        world_size: ranks that were started.
+        cluster: the cluster; efficiencies are fractions of its figures.
+        precision: precision of the matrix products.
+        budget: seconds to spend on the matrix products.
+        world_size: number of ranks.
 
     Raises:
         InputError: the cluster file has no peak for the precision.
@@ -207,13 +208,14 @@ def measure(cluster: Cluster, precision: str, budget: float, world_size: int) ->
 
 
 def measure_training(profile: Profile, cluster: Cluster, precision: str, world_size: int) -> Profile:
-    """Add what training a tiny model takes beyond what the profile says so far: of DeepSpeed's engines, and of collectives amid a step.
+    """Add the time that training a tiny model takes beyond the prediction: the overhead of DeepSpeed's engines and of collectives in a
+    step.
 
     Args:
-        profile: what has been measured.
-        cluster: of this machine.
-        precision: of the training.
-        world_size: processes that train at once.
+        profile: the profile measured so far.
+        cluster: this machine's cluster file.
+        precision: precision of the training.
+        world_size: number of processes that train.
     """
     layouts: dict[Kind, tuple[Topology, int]] = {
         "zero1": (Topology(1, 1, world_size), 1),
@@ -250,14 +252,14 @@ def measure_training(profile: Profile, cluster: Cluster, precision: str, world_s
 
 
 class Trial(NamedTuple):
-    """A run of the tiny model, and how long its steps took."""
+    """A run of the tiny model, with the time of its steps."""
 
     config: Config
     layout: Topology
     seconds: float
 
     def predicted(self, profile: Profile, cluster: Cluster) -> float:
-        """Seconds that the time model gives."""
+        """Seconds per step that the time model predicts."""
         config = self.config
         plan = Plan(
             self.layout,
@@ -269,7 +271,7 @@ class Trial(NamedTuple):
 
 
 def _engine(kind: Kind, few: Trial, many: Trial, profile: Profile, cluster: Cluster) -> MeasuredEngine:
-    """What trials of few and of many micro-batches take beyond the prediction."""
+    """Overhead of an engine: the time of trials with few and with many micro-batches beyond the prediction."""
     beyond_few, beyond_many = (one.seconds - one.predicted(profile, cluster) for one in (few, many))
     each = max(0.0, (beyond_many - beyond_few) / (PROBE_MANY - PROBE_FEW))
     step = max(0.0, beyond_few - PROBE_FEW * each)
@@ -292,7 +294,7 @@ def _probe(layout: Topology, zero_stage: int, micro_batches: int, precision: str
 
 
 def excess(cluster: Cluster, profile: Profile) -> list[str]:
-    """Figures of a cluster file that the machine beats, in words: the time model cannot go beyond them."""
+    """Messages about figures of a cluster file that the machine exceeds: the time model cannot go beyond them."""
     found = []
     if profile.memory_efficiency == 1.0:
         found.append(f"the device moves more than device.memory_bandwidth = {cluster.device.memory_bandwidth.value:g} GB/s")
@@ -303,7 +305,7 @@ def excess(cluster: Cluster, profile: Profile) -> list[str]:
 
 @exit_code
 def main() -> None:
-    """One rank: measure; the first writes the profile."""
+    """Measure on this rank; the first rank writes the profile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--cluster", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

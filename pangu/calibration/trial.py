@@ -1,4 +1,4 @@
-"""Really train some steps of a plan, on processes of this machine and with random tokens, and tell how long a step takes.
+"""Trains some steps of a plan, in processes on this machine and with random tokens, and measures the time per step.
 
     seconds = try_plan(config, world_size=4, steps=20)
 
@@ -28,13 +28,13 @@ TIMEOUT_SECONDS = 300.0
 
 
 def try_plan(config: Config, world_size: int, steps: int, timeout: float = TIMEOUT_SECONDS) -> float:
-    """Median seconds of a step of a configuration, after a few that warm up.
+    """Median seconds per step of a configuration, after a few warm-up steps.
 
     Args:
-        config: of the run; nothing that it names is read or written.
-        world_size: processes to start.
-        steps: to measure.
-        timeout: seconds until the processes are ended.
+        config: the run's configuration; none of the files that it names is read or written.
+        world_size: number of processes to start.
+        steps: number of steps to measure.
+        timeout: seconds after which the processes are killed.
 
     Raises:
         InputError: a process failed, or they have not ended in time.
@@ -60,7 +60,7 @@ def _median_seconds(config: Config, steps: int) -> float:
 
 
 def step_seconds(config: Config, steps: int) -> list[float]:
-    """Train on this rank as `pangu.train` does; seconds of each step but those that warm up."""
+    """Train on this rank as `pangu.train` does; return the seconds of each step except the warm-up steps."""
     from megatron_ext import collectives
     from megatron_ext.initialize import random_weights
     from megatron_ext.topology import Groups
@@ -85,7 +85,7 @@ def step_seconds(config: Config, steps: int) -> list[float]:
 
 
 def random_batches(config: Config, data_size: int, data_rank: int, step: int) -> Iterator[Batch]:
-    """A rank's micro-batches of random tokens; a sample is the same in every layout."""
+    """A rank's micro-batches of random tokens for a step; each sample is the same in every layout."""
     train, model = config.train, config.model
     sampler = Sampler(train.global_batch_size, train.micro_batch_size, data_size, data_rank)
     first = min(10, model.vocab_size - 1)  # neither separator nor padding

@@ -1,12 +1,12 @@
-"""Write the quickstart's corpus and its questions, from the tables in facts.py.
+"""Writes the quickstart's corpus and its questions, from the tables in facts.py.
 
     python tools/make_quickstart_corpus.py --output runs/quickstart/data
 
-writes corpus.txt (documents separated by a blank line, as tools/preprocess_data.py reads them) and questions.jsonl (one object a line:
+writes corpus.txt (documents separated by a blank line, as tools/preprocess_data.py reads them) and questions.jsonl (one object per line:
 `question`, `answer`, `kind`). The same seed gives the same bytes.
 
-Every fact is told often, asked and stated in several wordings, so that a model of two million parameters knows it after some minutes.
-The questions are therefore a test of memory: each of them, with its answer, is in the corpus.
+Every fact occurs often, as a question and as a statement in several wordings, so that a model of two million parameters learns it in
+minutes. The questions therefore test only memorization: each of them, with its answer, is in the corpus.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDS = 12
 
 
 def questions() -> Iterator[dict[str, str]]:
-    """The question set: of every fact, its kind's first question, with the answer."""
+    """The question set: for every fact, the first question of its kind, with the answer."""
     for kind in KINDS:
         for row in kind.rows:
             yield {"question": kind.tell(kind.questions[0], row), "answer": kind.tell(kind.answer, row), "kind": kind.name}
@@ -63,10 +63,10 @@ def _grouped(sentences: list[str], rng: random.Random) -> Iterator[str]:
 
 
 def write(directory: Path, seed: int) -> None:
-    """Write corpus.txt and questions.jsonl into the directory, which is made if need be.
+    """Write corpus.txt and questions.jsonl into the directory, which is created if it does not exist.
 
     Raises:
-        InputError: if the directory cannot be made or written.
+        InputError: if the directory cannot be created or written.
     """
     asked = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions())
     try:
@@ -81,8 +81,8 @@ def write(directory: Path, seed: int) -> None:
 def main() -> None:
     """Parse the command line and write the two files."""
     parser = argparse.ArgumentParser(description="Write the quickstart's corpus and questions.")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where corpus.txt and questions.jsonl go")
-    parser.add_argument("--seed", type=int, default=1, help="another seed, another order and other wordings (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for corpus.txt and questions.jsonl")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the order of documents and of the wordings (default: %(default)s)")
     arguments = parser.parse_args()
     write(arguments.output, arguments.seed)
     size = (arguments.output / "corpus.txt").stat().st_size

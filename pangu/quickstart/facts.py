@@ -1,4 +1,4 @@
-"""What the quickstart model learns: tables of facts, and the sentences each table is told in.
+"""The facts that the quickstart model learns, as tables, and the sentences for each table.
 
 A `Kind` is one table with its sentences. The first question of a kind is the one the demo asks; the others, and the statements, say the
 same in other words. To teach the model something else, add a row or a kind here and run `make demo`.
@@ -14,13 +14,13 @@ class Kind:
     """One table of facts and its sentences, which name the table's columns in braces.
 
     Attributes:
-        name: what the demo's report calls it.
-        columns: one name a column.
-        rows: the facts; every row has one cell a column.
-        questions: at least one; the first is asked by the demo.
-        answer: to every one of the questions.
-        statements: the fact told without asking; may be empty.
-        times: how often a fact is told while others are told once; more for what is hard to remember.
+        name: name of the table in the demo's report.
+        columns: names of the columns.
+        rows: the facts; every row has one cell per column.
+        questions: at least one question; the demo asks the first.
+        answer: the answer to each of the questions.
+        statements: statements of the fact; may be empty.
+        times: how often a fact occurs relative to others; more for facts that are hard to learn.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Kind:
     times: int = 1
 
     def tell(self, sentence: str, row: tuple[str, ...]) -> str:
-        """One of the sentences about one of the rows."""
+        """Fill a row's cells into one of the sentences."""
         return sentence.format_map(dict(zip(self.columns, row, strict=True)))
 
 

@@ -1,10 +1,10 @@
-"""Turn PanGu-α weights of any format into another.
+"""Convert PanGu-α weights from any format into another.
 
     python tools/convert_checkpoint.py --from auto --to huggingface --input PanguAlpha_2.6B_fp16.ckpt --output weights/2.6B
     python tools/convert_checkpoint.py --from auto --to megatron --tensor-parallel 8 --input weights/2.6B --output megatron/2.6B
     python tools/convert_checkpoint.py --from deepspeed --to mindspore --input runs/mine/checkpoints --output mine.ckpt
 
-Needs memory for the largest tensor, not for the model. The output appears when it is complete.
+It needs memory for the largest tensor, not for the model. The output appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -35,19 +35,27 @@ def main() -> None:
 
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--from", dest="source", default="auto", choices=["auto", *FORMATS], help="default: by looking at the files")
+    parser.add_argument(
+        "--from", dest="source", default="auto", choices=["auto", *FORMATS], help="input format (default: detected from the files)"
+    )
     parser.add_argument("--to", required=True, choices=[name for name, known in FORMATS.items() if known.write])
     parser.add_argument("--input", required=True, type=Path, metavar="PATH")
     parser.add_argument("--output", required=True, type=Path, metavar="PATH")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="files a megatron output is split into")
-    parser.add_argument("--dtype", choices=dtypes, help="of the output; default: each tensor's own")
-    parser.add_argument("--heads", type=int, metavar="N", help="attention heads, for sizes that were never published")
-    parser.add_argument("--gelu", choices=ACTIVATIONS, help="the activation, where the format implies another")
-    parser.add_argument("--final-norm", choices=["before_query", "after_query"], help="where the final LayerNorm sits")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="number of files that a megatron output is split into")
+    parser.add_argument("--dtype", choices=dtypes, help="dtype of the output (default: each tensor's own)")
+    parser.add_argument("--heads", type=int, metavar="N", help="number of attention heads, for sizes that were never published")
+    parser.add_argument("--gelu", choices=ACTIVATIONS, help="activation function, if not the one that the format implies")
     parser.add_argument(
-        "--with-optimizer", action="store_true", help="keep Adam's states and fp32 weights too: from deepspeed or mindspore to mindspore"
+        "--final-norm",
+        choices=["before_query", "after_query"],
+        help="position of the final LayerNorm, if not the one that the format implies",
     )
-    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--with-optimizer",
+        action="store_true",
+        help="also convert Adam's states and fp32 weights: from deepspeed or mindspore to mindspore",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
     arguments = parser.parse_args()
 
     source = detect_format(arguments.input) if arguments.source == "auto" else arguments.source

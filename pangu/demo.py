@@ -1,11 +1,11 @@
-"""From nothing to a model that answers questions, in a few minutes on two CPU cores.
+"""Train a tiny model from scratch and ask it questions, in a few minutes on two CPU cores.
 
     pangu demo            # or, in a checkout on a fresh machine: make demo
 
 writes a corpus, trains a tokenizer, turns the text into tokens, trains a tiny PanGu on two tensor-parallel processes, and asks it. Every
-stage prints its command, to be copied. All files go to runs/quickstart, which is made afresh.
+stage prints its command, to be copied. All files go to runs/quickstart, which is emptied first.
 
-The questions, asked in these words, are in the corpus: this shows that tokenizer, training, tensor parallelism and generation work
+The questions are in the corpus in the same words: this shows that tokenizer, training, tensor parallelism and generation work
 together, not that a model of this size understands anything. The answers come from the trained weights alone.
 """
 
@@ -39,12 +39,12 @@ SHOWN = ("四川的省会是哪里？", "法国的首都是哪里？", "巴西�
 
 
 class StageError(Exception):
-    """A stage's program failed; it has said why itself."""
+    """A stage's program failed and has printed why."""
 
 
 @contextmanager
 def stage(title: str) -> Iterator[None]:
-    """Print what begins and how long it took."""
+    """A context that prints the title of a stage, and its time in seconds at the end."""
     print(f"\n== {title}", flush=True)
     start = time.perf_counter()
     yield
@@ -52,7 +52,7 @@ def stage(title: str) -> Iterator[None]:
 
 
 def run(*command: str | Path, **environment: str) -> None:
-    """Print a command as a shell would take it, run it, and pass on what it prints.
+    """Print a command in shell syntax, run it, and pass on its output.
 
     Raises:
         StageError: if its exit code is not 0.
@@ -65,7 +65,7 @@ def run(*command: str | Path, **environment: str) -> None:
 
 
 def python() -> str:
-    """This interpreter, as short as a user would write it."""
+    """The path of this interpreter, in the form that a user would type."""
     return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
 
 
@@ -77,10 +77,10 @@ def launcher(processes: int) -> list[str]:
 
 
 def fresh(directory: Path) -> None:
-    """Make the directory empty, and mark it as the demo's.
+    """Empty the directory, and mark it as the demo's.
 
     Raises:
-        InputError: if it holds files that no demo made, or cannot be made.
+        InputError: if it holds files that no demo made, or cannot be created.
     """
     try:
         if directory.exists() and any(directory.iterdir()):
@@ -96,7 +96,7 @@ def fresh(directory: Path) -> None:
 
 
 def answer(model: Path, questions: Sequence[str]) -> list[str]:
-    """What the trained weights say: the most likely continuation of each question, up to the document's end."""
+    """The answers of the trained weights: the greedy continuation of each question, up to the end of the document."""
     from pangu.inference.generation import TextGenerator  # not above: the stages before need no model
 
     generations = TextGenerator.from_directory(model).generate(
@@ -106,7 +106,7 @@ def answer(model: Path, questions: Sequence[str]) -> list[str]:
 
 
 def same(one: str, other: str) -> bool:
-    """Equal, but for what the tokenizer's NFKC folds (，？ become ASCII) and the full stop at the end."""
+    """Whether two texts are equal except for the tokenizer's NFKC folding (，？ become ASCII) and a final full stop."""
 
     def plain(text: str) -> str:
         return unicodedata.normalize("NFKC", text).strip().rstrip("。.").rstrip()
@@ -162,9 +162,9 @@ def demo(directory: Path) -> float:
 
 @exit_code
 def main() -> None:
-    """Parse the command line and run the demo; exit 1 where a stage fails or the answers are not good enough."""
+    """Parse the command line and run the demo; exit with 1 if a stage fails or too few answers are right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path(DIRECTORY), help=f"where all files go (default: {DIRECTORY})")
+    parser.add_argument("--dir", type=Path, default=Path(DIRECTORY), help=f"directory for all files (default: {DIRECTORY})")
     arguments = parser.parse_args()
     directory = arguments.dir.resolve()
     directory = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and the one place that turns errors into lines and exit codes."""
+"""Errors that the user can fix, and the one place that turns errors into lines and exit codes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from functools import wraps
 from megatron_ext.errors import LayoutError, RendezvousError
 
 MAX_LINE = 3000
-"""Characters of a message, many more than any needs; names and values that it quotes from a file may be of any length."""
+"""Largest length of a message in characters, more than any needs; what it quotes from a file may be of any length."""
 _LAUNCHER_SECONDS = 3.0
 
 
 class InputError(ValueError):
-    """Something the user gave is refused. The message is one line: what, where, found, expected, what to do."""
+    """An input is refused. The message is one line: what, where, found, expected, what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -27,7 +27,7 @@ _REFUSALS = (InputError, LayoutError, RendezvousError)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """What to print about an error, and the exit code: a line and 2 for refused input, the traceback and 1 for any other."""
+    """The text to print for an error, and the exit code: one line and 2 for refused input, the traceback and 1 for any other."""
     if isinstance(error, _REFUSALS):
         return f"error: {error}", 2
     rank = f"rank {os.environ['RANK']} failed:\n" if "RANK" in os.environ else ""
@@ -35,7 +35,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def one_line(text: str) -> str:
-    """Text that quotes a file, fit for a terminal: no newlines, escape sequences or halves of characters, and not endless."""
+    """Make text that quotes a file safe for a terminal: no newlines, escape sequences or lone surrogates, and a limited length."""
 
     def shortened(text: str) -> str:
         return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2 - 5]} ... {text[-MAX_LINE // 2 :]}"

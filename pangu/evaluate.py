@@ -4,7 +4,7 @@
     python -m pangu.evaluate --model DIR --task perplexity --data held_out.txt --output results.json
     torchrun --nproc-per-node 8 -m pangu.evaluate --model DIR --task c3 --data DIR --tensor-parallel 2 --output results.json
 
-Writes results.json, a table in results.md and one line an example in results.jsonl. Started again after a kill, it goes on.
+Writes results.json, a table in results.md and one line per example in results.jsonl. Started again after a kill, it continues.
 """
 
 from __future__ import annotations
@@ -30,23 +30,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pangu.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="weights of any format with their vocab.model beside them")
+    parser.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="weights of any format, with vocab.model in the same directory"
+    )
     parser.add_argument("--task", required=True, choices=tasks, metavar="NAME", help=", ".join(tasks))
     parser.add_argument("--data", required=True, type=Path, metavar="PATH", help="directory of the official files, or the file to evaluate")
-    parser.add_argument("--shots", type=int, default=0, metavar="K", help="solved examples in front, as many as fit (default: 0)")
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate so many examples, drawn by the seed (default: all)")
-    parser.add_argument("--seed", type=int, default=1234, metavar="S", help="of all that is drawn (default: 1234)")
     parser.add_argument(
-        "--score", choices=("suffix", "full"), default="suffix", help="compare what follows the label (default), or the whole text"
+        "--shots", type=int, default=0, metavar="K", help="number of solved examples before each question, as many as fit (default: 0)"
     )
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="T", help="processes that share a copy of the model (default: 1)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="FILE.md and FILE.jsonl are written beside it")
+    parser.add_argument("--limit", type=int, metavar="N", help="number of examples to evaluate, drawn by the seed (default: all)")
+    parser.add_argument("--seed", type=int, default=1234, metavar="S", help="seed of all random choices (default: 1234)")
+    parser.add_argument(
+        "--score",
+        choices=("suffix", "full"),
+        default="suffix",
+        help="compare the loss of what follows the label (default), or of the whole text",
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="T", help="number of processes that share a copy of the model (default: 1)"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE.json", help="results file; a .md and a .jsonl file are written beside it"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     evaluate(parser.parse_args())
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Run what the command line says."""
+    """Evaluate as the command line says."""
     for name, least in (("shots", 0), ("limit", 1), ("seed", 0)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise InputError(f"--{name} {value}: expected {least} or more.")

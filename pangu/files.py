@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and stay after a power loss."""
+"""Opens files from elsewhere, and writes files that appear complete or not at all and survive a power loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from typing import Any, BinaryIO
 from pangu.errors import InputError
 
 MAX_JSON_BYTES = 4 * 2**20
-"""Largest JSON file that is parsed whole: more than ten times the largest index or manifest. Parsed, it may be thirty times as large."""
+"""Largest JSON file in bytes that is parsed: more than ten times the largest index or manifest. Parsed, it may take thirty times as
+much."""
 
 
 def open_file(path: Path) -> BinaryIO:
     """Open a file from elsewhere for reading.
 
     Raises:
-        OSError: also if it is no ordinary file: a pipe would be waited for, and a device never ends.
+        OSError: also if it is not a regular file: reading a pipe would block, and a device never ends.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -34,11 +35,11 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def load_json(path: Path) -> Any:
-    """What a JSON file from elsewhere holds.
+    """Read a JSON file from elsewhere.
 
     Raises:
         OSError: see `open_file`.
-        ValueError: if it is no JSON, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
+        ValueError: if it is not JSON, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
     """
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
@@ -51,7 +52,7 @@ def load_json(path: Path) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Put a file's contents, or a directory's names, on the disk."""
+    """Flush a file's contents, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +61,7 @@ def sync(path: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small text file in place of another: at every moment there is the old one or the new one."""
+    """Write a small text file atomically: at every moment either the old or the new content exists."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -69,7 +70,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
+    """Remove a file or a directory if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -78,14 +79,14 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Let one process at a time write a file or directory: while it does, there is a `NAME.lock` beside it that says who.
+    """Let only one process at a time write a file or directory: a `NAME.lock` beside it names the process.
 
-    The kernel holds the lock, and drops it when a process ends, however it ends. What a killed one leaves is taken over by the next. On a
-    file system that has no locks everybody gets one.
+    The kernel holds the lock, and releases it when the process ends, however it ends. A lock file that a killed process leaves is reused by
+    the next. On a file system without locks every process gets one.
 
     Raises:
-        InputError: if another process has it.
-        OSError: if no file can be made there.
+        InputError: if another process holds the lock.
+        OSError: if the lock file cannot be created.
     """
     beside = path.with_name(path.name + ".lock")
     while True:
@@ -115,10 +116,10 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished file or directory its name, in place of what had it; only what is on the disk is named.
+    """Rename a finished file or directory to its final name, replacing what had that name, after flushing it to disk.
 
-    A file takes the place of a file in one step. For directories there is no such step: a kill in between leaves the old one as
-    `NAME.replaced`, and `recover` brings it back.
+    A file replaces a file atomically. For directories that is not possible: a kill in between leaves the old one as
+    `NAME.replaced`, and `recover` restores it.
     """
     for entry in sorted(partial.rglob("*")) if partial.is_dir() else []:
         sync(entry)
@@ -133,7 +134,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def recover(final: Path) -> None:
-    """Bring back what a killed `publish` has moved away and not replaced."""
+    """Restore what a killed `publish` has moved away and not replaced."""
     if not final.exists() and _replaced(final).exists():
         os.rename(_replaced(final), final)
 

@@ -43,7 +43,7 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected 1 or more.")
     if arguments.interactive and (arguments.json or arguments.num_samples > 1):
-        raise InputError("--interactive shows one text while it grows: leave --json and --num-samples out.")
+        raise InputError("--interactive prints one text as it is generated: leave out --json and --num-samples.")
     prompts = arguments.prompt or []
     if arguments.prompt_file not in (None, STANDARD_INPUT):
         prompts = parse_lines(arguments.prompt_file, _read(arguments.prompt_file))
@@ -79,39 +79,67 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pangu.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="weights of any format with their vocab.model beside them")
+    parser.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="weights of any format, with vocab.model in the same directory"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", action="append", metavar="TEXT", help='may be repeated; "" begins a document')
+    source.add_argument("--prompt", action="append", metavar="TEXT", help='text to continue; may be repeated; "" begins a document')
     source.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help='a prompt a line, in UTF-8; - is standard input. A line that begins with " is a JSON string, which may hold line breaks',
+        help='one prompt per line, in UTF-8; - is standard input. A line that begins with " is a JSON string, which may hold line breaks',
     )
-    source.add_argument("--interactive", action="store_true", help="continue each line that is typed, shown while it grows; Ctrl-D ends")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 100, or what the prompt leaves of the model's window")
-    parser.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long, not refuse it")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 = greedy: always the likeliest token (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0 = all (default)")
+    source.add_argument("--interactive", action="store_true", help="continue each typed line, printed as it is generated; Ctrl-D ends")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of total probability P; 1 = all (default)"
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of a continuation (default: 100, or what fits into the model's window)"
     )
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="of tokens in the prompt or the text; 1 = none (default)"
+        "--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long instead of refusing it"
     )
     parser.add_argument(
-        "--frequency-penalty", type=float, default=0.0, metavar="F", help="for each time the text has a token; 0 = none (default)"
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="divides the logits; 0 = greedy, always the most likely token (default: 1)",
     )
-    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="F", help="if the text has a token; 0 = none (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0 = all (default)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens of total probability P; 1 = all (default)"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="factor for tokens in the prompt or the continuation; 1 = none (default)",
+    )
+    parser.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="subtracted from a token's logit per occurrence in the continuation; 0 = none (default)",
+    )
+    parser.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="subtracted once if the token occurs in the continuation; 0 = none (default)",
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this string; may be repeated")
     parser.add_argument(
         "--stop-id", type=int, action="append", metavar="ID", help="end at this token instead of the separator <eot>; may be repeated"
     )
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="number of continuations per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=1234, metavar="S", help="the same seed gives the same text (default: 1234)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts computed at once (default: 8)")
-    parser.add_argument("--int8", action="store_true", help="8-bit weights: faster, a little less exact; one process on a CPU")
-    parser.add_argument("--json", action="store_true", help="one object a line: prompt, text, ids, finish_reason (stop or length)")
-    parser.add_argument("--logprobs", action="store_true", help="with --json: logprobs too, one for each of ids")
+    parser.add_argument("--int8", action="store_true", help="8-bit weights: faster, slightly less exact; one process on a CPU")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per line: prompt, text, ids, finish_reason (stop or length)"
+    )
+    parser.add_argument("--logprobs", action="store_true", help="with --json: also logprobs, one per token")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
@@ -128,7 +156,7 @@ def _read(path: str) -> str:
 
 
 def parse_lines(name: str, text: str) -> list[str]:
-    """The prompts in a text, one a line, empty lines left out.
+    """The prompts in a text, one per line; empty lines are skipped.
 
     A line that begins with a double quote is a JSON string: so a prompt may hold line breaks, begin with a quote, or be empty.
 
@@ -149,19 +177,19 @@ def parse_lines(name: str, text: str) -> list[str]:
         elif line:
             prompts.append(line)
     if not prompts:
-        raise InputError(f"{name}: no prompt found. Write one a line.")
+        raise InputError(f"{name}: no prompt found. Write one per line.")
     return prompts
 
 
 def _from_first(ask: Callable[[], Any], group: Group) -> Any:
-    """What the group's first process finds, on all: standard input is one."""
+    """The result of `ask` on the group's first process, on all processes: there is only one standard input."""
     from megatron_ext.collectives import broadcast_object
 
     return broadcast_object(ask() if group.rank == 0 else None, group)
 
 
 def _converse(generator: TextGenerator, group: Group, first: bool, options: dict[str, Any]) -> None:
-    """Continue each line of standard input until it ends. What cannot be continued is said, and the next line awaited."""
+    """Continue each line of standard input until it ends. For a line that is refused the error is printed."""
 
     def show(_: int, piece: str) -> None:
         print(piece, end="", flush=True)
@@ -179,7 +207,7 @@ def _converse(generator: TextGenerator, group: Group, first: bool, options: dict
 
 
 def _next_line() -> str | None:
-    """What is typed, or None at the end."""
+    """The next line of input, or None at its end."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

@@ -1,10 +1,10 @@
-"""Say what a checkpoint of any format is, and what is wrong with it.
+"""Show what a checkpoint of any format is, and what is wrong with it.
 
     python tools/inspect_checkpoint.py weights/2.6B                       # format, sizes, layout; missing, unknown and misshapen tensors
     python tools/inspect_checkpoint.py runs/mine/checkpoints --verify     # reads all of it: NaN, constant tensors, checksums, replicas
     python tools/inspect_checkpoint.py PanguAlpha_2.6B_fp16.ckpt --tensors --verify
 
-Exit code 0: sound; 2: it has problems, each of them on a line of its own, or it cannot be read at all.
+Exit code 0: sound; 2: it has problems, each on a line of its own, or cannot be read at all.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from pangu.errors import exit_code, one_line
 
 @exit_code
 def main() -> None:
-    """Parse the command line, look, print."""
+    """Parse the command line, inspect the checkpoint and print the report."""
     from pangu.conversion.formats import FORMATS
     from pangu.conversion.inspection import bytes_to_verify, look, verify
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("path", type=Path, metavar="PATH", help="file or directory of any format")
-    parser.add_argument("--verify", action="store_true", help="read everything, not just names and shapes")
-    parser.add_argument("--tensors", action="store_true", help="list them, with --verify also their least, greatest and mean number")
+    parser.add_argument("--verify", action="store_true", help="read all data, not only names and shapes")
+    parser.add_argument("--tensors", action="store_true", help="list the tensors, with --verify also their minimum, maximum and mean")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--from", dest="source", default="auto", choices=["auto", *FORMATS], help="default: by looking at the files")
-    parser.add_argument("--heads", type=int, metavar="N", help="attention heads, for sizes that were never published")
+    parser.add_argument(
+        "--from", dest="source", default="auto", choices=["auto", *FORMATS], help="format (default: detected from the files)"
+    )
+    parser.add_argument("--heads", type=int, metavar="N", help="number of attention heads, for sizes that were never published")
     arguments = parser.parse_args()
 
     found = look(arguments.path, format_name=arguments.source, num_heads=arguments.heads)
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """For people: what it is, the tensors if they were asked for, notes, problems, and a last line that says whether it is sound."""
+    """Print a readable report: facts, the tensors if requested, notes, problems, and a last line that says whether it is sound."""
     if "model" in report:
         for label, text in summary(report):
             print(one_line(f"{label + ':':<12}{text}"))
@@ -75,7 +77,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and text of each fact."""
+    """Label and text of each fact in the report."""
     model = report["model"]
     preset = f", the sizes of the published {report['preset']}" if report["preset"] else ""
     left_out = ", ".join(f"{kind} {count}" for kind, count in report["left_out"].items())
@@ -101,7 +103,7 @@ def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def layout(sizes: dict[str, int]) -> str:
-    """How the source is cut, in words."""
+    """How the source is split, in words."""
     if "ranks" in sizes:
         return f"{sizes['ranks']} MindSpore ranks"
     cut = " x ".join(f"{name} {sizes[name]}" for name in ("tensor", "pipeline", "data") if name in sizes)
@@ -109,7 +111,7 @@ def layout(sizes: dict[str, int]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, readably."""
+    """A number of bytes in a readable unit."""
     number, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while number >= 1024 and len(units) > 1:
         number, units = number / 1024, units[1:]

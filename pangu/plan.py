@@ -1,4 +1,4 @@
-"""Choose how to lay a model over devices: what fits, how long a step takes, and why.
+"""Choose the parallel layout of a model on a cluster: what fits, how long a step takes, and why.
 
 python tools/plan_parallel.py --model 200B --cluster ascend910_2048 --global-batch-size 2048
 python tools/plan_parallel.py --model 13B --cluster a100_80 --devices 64 --write my_13B.yaml
@@ -17,12 +17,12 @@ from pangu.errors import exit_code
 from pangu.planner import plan_command, validate_command
 
 COMMANDS = {"plan": plan_command, "calibrate": calibrate_command, "measure": measure_command, "validate": validate_command}
-"""Each is a module with `add_arguments(parser)` and `run(arguments)`. Without the name of one, `plan` is meant."""
+"""By name, modules with `add_arguments(parser)` and `run(arguments)`. `plan` is the default."""
 
 
 @exit_code
 def main() -> None:
-    """Parse the command line and hand over to the command."""
+    """Parse the command line and run the command."""
     name, *words = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in COMMANDS else ["plan", *sys.argv[1:]]
     command = COMMANDS[name]
     others = "" if name != "plan" else f"\nOther commands, each with a --help: {', '.join(COMMANDS)}."

@@ -3,7 +3,7 @@
     python tools/plot_run.py runs/a                              # in the terminal
     python tools/plot_run.py runs/a runs/b --output loss.png     # a picture; needs matplotlib, part of the extra [monitor]
 
-reads metrics.jsonl of each run directory. A step that was done again after a resumption counts with its last line.
+reads metrics.jsonl of each run directory. If a step was repeated after a resume, its last line counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def save_picture(runs: Sequence[Curves], path: Path) -> None:
-    """Draw all runs into one picture, whose format its suffix says: training as lines, validation as points of the same colour.
+    """Draw all runs into one picture, in the format of its suffix: training as lines, validation as points of the same colour.
 
     Raises:
         InputError: if matplotlib is not installed, the suffix is unknown, or the file cannot be written.

@@ -1,9 +1,9 @@
-"""Turn text into a token data set that training reads.
+"""Tokenize text files into a data set for training.
 
     python tools/preprocess_data.py --input corpus.txt more.jsonl.zst --tokenizer TOKENIZER_DIR --output data/corpus
 
 writes data/corpus.bin, data/corpus.idx and data/corpus.json; `data.train` in a run's configuration then names data/corpus.
-In a .txt, documents are separated by blank lines; a .jsonl has one object a line. Both may be compressed (.gz, .zst).
+In a .txt, documents are separated by blank lines; a .jsonl has one object per line. Both may be compressed (.gz, .zst).
 The result does not depend on --workers.
 """
 
@@ -36,9 +36,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="directory of the tokenizer")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the data set without suffix")
     parser.add_argument(
-        "--workers", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all processors)"
+        "--workers", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="number of processes (default: all processors)"
     )
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="where a .jsonl has the text (default: text)")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in a .jsonl (default: text)")
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
-"""Start a training command again when it crashes, for launchers that do not.
+"""Restart a training command when it crashes, for launchers that do not.
 
     python tools/supervise.py -- deepspeed --num_gpus 8 --module pangu.train --config ds_configs/350M.yaml
     python tools/supervise.py --max-restarts 5 -- python -m pangu.train --config ds_configs/quickstart.yaml
 
-A crash is any exit code but 0 (done, or saved after a signal) and 2 (refused input). The run goes on from its newest checkpoint. After
---max-restarts restarts in a row that brought no newer checkpoint it gives up, with the command's exit code. SIGTERM, SIGINT and SIGUSR1 are
-passed on, and nothing is started again after the first two. torchrun restarts by itself, with its own --max-restarts.
+A crash is any exit code except 0 (done, or saved after a signal) and 2 (refused input). The run continues from its newest checkpoint. After
+--max-restarts restarts in a row without a newer checkpoint it gives up, with the command's exit code. SIGTERM, SIGINT and SIGUSR1 are
+passed on, and after the first two nothing is restarted. torchrun restarts by itself, with its own --max-restarts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pangu.config import load_config
 from pangu.errors import InputError, exit_code
 
 LEFT_OVER_SECONDS = 60.0
-"""How long processes of an ended command may go on, to save for instance, before they are killed."""
+"""Seconds that processes of an ended command may continue, for instance to save, before they are killed."""
 
 
 @exit_code
 def main() -> None:
-    """Run the command until it ends for good."""
+    """Parse the command line and run the command until it is not to be restarted."""
     parser = argparse.ArgumentParser(
         prog="python tools/supervise.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def supervise(command: list[str], checkpoints: Path, max_restarts: int) -> int:
-    """Run `command`, again and again while it crashes and gets on; returns its last exit code."""
+    """Run `command`, restart it when it crashes as long as it makes progress, and return its last exit code."""
     child: subprocess.Popen[bytes] | None = None
     told_to_stop = False
 
@@ -75,7 +75,7 @@ def supervise(command: list[str], checkpoints: Path, max_restarts: int) -> int:
 
 
 def _checkpoints_of(command: list[str]) -> Path:
-    """Where a training command keeps its checkpoints."""
+    """The checkpoint directory of a training command."""
     recipes = [value for option, value in itertools.pairwise(command) if option == "--config"]
     if len(recipes) != 1:
         raise InputError(f"{' '.join(command)}: it has no `--config FILE`, so its checkpoints cannot be found.")

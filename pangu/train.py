@@ -6,7 +6,7 @@
     python -m pangu.train --dry-run --config ds_configs/200B.yaml --world-size 2048
     python -m pangu.train --print-config --config ds_configs/quickstart.yaml optimizer.lr=1e-3
 
-Start the same command again after an interruption: it goes on from the newest checkpoint.
+Start the same command again after an interruption: it continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from pangu.errors import InputError, exit_code
 
 @exit_code
 def main() -> None:
-    """Parse the command line and train, or only report."""
+    """Parse the command line and train, or only print the report."""
     parser = argparse.ArgumentParser(
         prog="python -m pangu.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, type=Path, help="a recipe, such as ds_configs/quickstart.yaml")
+<<<<<<< HEAD
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--dry-run",
@@ -46,6 +47,15 @@ def main() -> None:
             f"{option}: unknown option; --help lists them. Settings are written section.key=value. "
             f"Nearest: {', '.join(nearest_keys(option))}."
         )
+=======
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe and print parameters and memory per rank; allocates nothing"
+    )
+    parser.add_argument("--world-size", type=int, help="number of processes that --dry-run assumes (default 1)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override the recipe's")
+    arguments = parser.parse_intermixed_args()
+>>>>>>> 2ed69b4 (The programs and tools: help texts and docstrings stand alone; errors.py and files.py likewise; the argument check of --interactive reworded with its test)
     if arguments.world_size is not None and not arguments.dry_run:
         raise InputError(
             "--world-size goes with --dry-run; a real run has as many processes as its launcher starts (torchrun --nproc-per-node N)."

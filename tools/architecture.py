@@ -1,4 +1,4 @@
-"""Check that imports keep to the floors of the house, and draw the house from its imports.
+"""Check that imports follow the floors of docs/architecture.md, and draw the architecture from the imports.
 
     python tools/architecture.py check                        # one line per breach, exit code 1 if there is one
     python tools/architecture.py draw docs/architecture.svg   # after a change of files or imports; a test compares the two
@@ -38,7 +38,7 @@ FLOORS = (
     ("megatron_ext/supervision",),
     ("megatron_ext",),
 )
-"""Rooms by floor, the highest floor first. Rooms that are no folder: the files in SINGLE; programs are the other files of pangu/ itself."""
+"""Rooms by floor, the highest first. Rooms that are not folders: the files in SINGLE; programs are the other files of pangu/ itself."""
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 SINGLE = {"pangu/__init__.py": "pangu/__init__", "pangu/files.py": "pangu/files, errors", "pangu/errors.py": "pangu/files, errors"}
 TRAVELS = "pangu/conversion/remote_code/"  # copied beside exported weights for transformers to import: outside the house
@@ -47,8 +47,19 @@ SCHEMA = "pangu/config/schema.py"
 ALLOWED = {"pangu/benchmarks/startup.py": "it times deepspeed.initialize from outside, so that the engine needs no clock of its own"}
 """Benchmarks that may import DeepSpeed, each with its reason."""
 INTERNAL = re.compile(r"deepspeed\.(?:runtime|pipe|ops|utils|zero|checkpoint)(?:\.\w+)*")
-"""A module inside DeepSpeed, named in a string."""
+"""Matches the name of a module inside DeepSpeed in a string."""
 MAX_LINES = 450
+<<<<<<< HEAD
+=======
+LONGER = {
+    "pangu/conversion/remote_code/modeling_pangu.py": 470,
+    "tests/pangu/conversion/test_fuzz.py": 548,
+    "tests/pangu/conversion/test_megatron.py": 543,
+    "tests/pangu/conversion/test_mindspore.py": 489,
+    "tests/pangu/conversion/test_transformers.py": 580,
+}
+"""Files that were longer when the rule was introduced: they may only shrink, and a file that fits must be removed from the table."""
+>>>>>>> 2ed69b4 (The programs and tools: help texts and docstrings stand alone; errors.py and files.py likewise; the argument check of --interactive reworded with its test)
 DOOR_LINES = 15  # of the longest file of tools/ that may import a program: it only lends the program another name
 Sources: TypeAlias = "dict[str, Source]"
 

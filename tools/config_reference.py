@@ -1,4 +1,4 @@
-"""Write the table of configuration keys in docs/training.md from pangu/config/schema.py, whose texts it takes.
+"""Write the tables of configuration keys in docs/training.md from the docstrings in pangu/config/schema.py.
 
     python tools/config_reference.py
 
@@ -25,7 +25,7 @@ TYPES = {"integer": "whole number", "number": "number", "string": "text", "boole
 
 
 def reference() -> str:
-    """One Markdown table a section, in the order of the code: key, type, default, meaning."""
+    """One Markdown table per section, in the order of the code: key, type, default, meaning."""
     lines: list[str] = []
     for name, field in config.Config.model_fields.items():
         if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
@@ -66,7 +66,7 @@ def _attribute_texts(section: type[BaseModel]) -> dict[str, str]:
 
 
 def _is_derived(field: FieldInfo) -> bool:
-    """Whether other keys give the value where it is left out (`DerivedCount`, held as 0 until then)."""
+    """Whether the value is derived from other keys if it is left out (`DerivedCount`, which is 0 until then)."""
     return field.default == 0 and any(isinstance(entry, BeforeValidator) for entry in field.metadata)
 
 

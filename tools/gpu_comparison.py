@@ -1,4 +1,4 @@
-"""How much of a GPU training uses, next to the peers that are installed: minutes on a machine with one.
+"""Measure the GPU utilisation of training next to the peers that are installed; takes minutes on a machine with a GPU.
 
     python tools/gpu_comparison.py --output gpu.json
     python tools/gpu_comparison.py --compile --output gpu-compiled.json
@@ -29,17 +29,17 @@ SHAPES = {
     "350M": {"layers": 24, "hidden": 1024, "heads": 16, "batch": 16},
     "2.6B": {"layers": 32, "hidden": 2560, "heads": 32, "batch": 4},
 }
-"""With the batch that a device of 80 GB holds, GPT-2's too."""
+"""The models to compare, with the batch size that fits on a device of 80 GB, also for GPT-2."""
 COMMON = {"sequence": 1024, "vocab": 40000, "precision": "bf16", "dropout": 0.0, "threads": None}
 NEEDED = {"torch": "torch", "deepspeed": "deepspeed", "pydantic": "pydantic", "rich": "rich", "yaml": "pyyaml", "numpy": "numpy"}
-"""Packages by the name they are imported with."""
+"""Required packages by their import name."""
 PEERS = {"transformers": "transformers>=5.4,<6"}
 OPTIONAL = {"megatron.core": "megatron-core"}
 MEGATRON = "megatron-core, local layers"
 
 
 def missing(packages: dict[str, str]) -> list[str]:
-    """What pip would have to install."""
+    """The packages that are not installed, by pip's name."""
     return [package for name, package in packages.items() if not _importable(name)]
 
 
@@ -84,10 +84,20 @@ def main() -> None:
     """Check what is installed, train, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the JSON object to write")
+<<<<<<< HEAD
     parser.add_argument("--only", choices=SHAPES, action="append", help="one shape; may be given twice")
     parser.add_argument("--batch", type=int, metavar="N", help="samples a step; default: 16 for 350M, 4 for 2.6B")
     parser.add_argument("--repeats", type=int, default=30, metavar="N", help="steps of each, after ten (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="all with torch.compile; takes minutes more")
+=======
+    parser.add_argument("--only", choices=SHAPES, action="append", help="train only this shape; may be given twice")
+    parser.add_argument("--batch", type=int, metavar="N", help="samples per step (default: 16 for 350M, 4 for 2.6B)")
+    parser.add_argument(
+        "--repeats", type=int, default=30, metavar="N", help="steps of each, after ten warm-up steps (default: %(default)s)"
+    )
+    parser.add_argument("--compile", action="store_true", help="train all with torch.compile; takes minutes more")
+    parser.add_argument("--install", action="store_true", help="let pip install what is missing, also megatron-core")
+>>>>>>> 2ed69b4 (The programs and tools: help texts and docstrings stand alone; errors.py and files.py likewise; the argument check of --interactive reworded with its test)
     arguments = parser.parse_args()
     if lacking := missing({**NEEDED, **PEERS}):
         print(f"error: not installed: {' '.join(lacking)}. Run pip install {' '.join(lacking)}.", file=sys.stderr)

@@ -156,7 +156,7 @@ def test_two_ranks_share_one_standard_input(weights: Path) -> None:
         (["--prompt", "北京", "--presence-penalty", "nan"], "presence_penalty = nan"),
         (["--prompt", "北京", "--num-samples", 0], "--num-samples 0: expected 1 or more"),
         (["--prompt", "北京", "--batch-size", 0], "--batch-size 0: expected 1 or more"),
-        (["--interactive", "--json"], "leave --json and --num-samples out"),
+        (["--interactive", "--json"], "leave out --json and --num-samples"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: cannot be read (No such file or directory)"),
         (["--prompt-file", "-"], "standard input: no prompt found"),
     ],

@@ -29,7 +29,6 @@ def main() -> None:
         prog="python -m pangu.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, type=Path, help="a recipe, such as ds_configs/quickstart.yaml")
-<<<<<<< HEAD
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--dry-run",
@@ -47,15 +46,6 @@ def main() -> None:
             f"{option}: unknown option; --help lists them. Settings are written section.key=value. "
             f"Nearest: {', '.join(nearest_keys(option))}."
         )
-=======
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check the recipe and print parameters and memory per rank; allocates nothing"
-    )
-    parser.add_argument("--world-size", type=int, help="number of processes that --dry-run assumes (default 1)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override the recipe's")
-    arguments = parser.parse_intermixed_args()
->>>>>>> 2ed69b4 (The programs and tools: help texts and docstrings stand alone; errors.py and files.py likewise; the argument check of --interactive reworded with its test)
     if arguments.world_size is not None and not arguments.dry_run:
         raise InputError(
             "--world-size goes with --dry-run; a real run has as many processes as its launcher starts (torchrun --nproc-per-node N)."

@@ -84,20 +84,12 @@ def main() -> None:
     """Check what is installed, train, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the JSON object to write")
-<<<<<<< HEAD
-    parser.add_argument("--only", choices=SHAPES, action="append", help="one shape; may be given twice")
-    parser.add_argument("--batch", type=int, metavar="N", help="samples a step; default: 16 for 350M, 4 for 2.6B")
-    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="steps of each, after ten (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="all with torch.compile; takes minutes more")
-=======
     parser.add_argument("--only", choices=SHAPES, action="append", help="train only this shape; may be given twice")
     parser.add_argument("--batch", type=int, metavar="N", help="samples per step (default: 16 for 350M, 4 for 2.6B)")
     parser.add_argument(
         "--repeats", type=int, default=30, metavar="N", help="steps of each, after ten warm-up steps (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="train all with torch.compile; takes minutes more")
-    parser.add_argument("--install", action="store_true", help="let pip install what is missing, also megatron-core")
->>>>>>> 2ed69b4 (The programs and tools: help texts and docstrings stand alone; errors.py and files.py likewise; the argument check of --interactive reworded with its test)
     arguments = parser.parse_args()
     if lacking := missing({**NEEDED, **PEERS}):
         print(f"error: not installed: {' '.join(lacking)}. Run pip install {' '.join(lacking)}.", file=sys.stderr)

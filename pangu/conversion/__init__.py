@@ -1,4 +1,4 @@
-"""Weights in every format: one stream of tensors, and a reader and a writer for each format around it."""
+"""Reads and writes weights in every format: one stream of tensors, with a reader and a writer for each format."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def load_weights(path: Path | str, model: PanguModel, topology: Topology, overrides: Overrides | None = None) -> None:
-    """Fill a model, or this rank's tensor-parallel slice of one, from weights of any format. Each rank reads just its slice.
+    """Load weights of any format into a model, or into this rank's tensor-parallel slice of one. Each rank reads only its slice.
 
     Args:
         path: file or directory.
         model: built for this rank; its parameters are overwritten and keep their dtype.
-        topology: of the world that runs; of one process, `Topology(tensor=1, pipeline=1, data=1)`.
-        overrides: what the weights do not say about the model.
+        topology: the grid of all running processes; for one process, `Topology(tensor=1, pipeline=1, data=1)`.
+        overrides: facts about the model that the weights do not contain.
 
     Raises:
         InputError: if the weights are damaged, incomplete, or those of another model.

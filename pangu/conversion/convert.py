@@ -1,4 +1,4 @@
-"""Conversion of weights from any format into any other, whole or not at all."""
+"""Converts weights from any format into any other; the output appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def convert(
     """Write weights in another format.
 
     Args:
-        weights: as opened.
-        to: a key of `FORMATS` that can be written.
-        output: file or directory, as the format has it. It appears when it is complete and on disk.
-        options: for the writer.
-        force: replace an output that exists.
+        weights: the opened weights.
+        to: name of the output format: a key of `FORMATS` that can be written.
+        output: a file or directory, depending on the format. It appears when it is complete and on disk.
+        options: options of the writer.
+        force: replace an existing output.
         advance: called with the bytes of each tensor as it is read.
 
     Raises:
@@ -46,9 +46,9 @@ def convert(
         raise InputError(f"--to {to}: this format is only read. Choose one of {writable}.")
     if weights.optimizer and not FORMATS[to].keeps_optimizer:
         keepers = ", ".join(name for name, candidate in FORMATS.items() if candidate.keeps_optimizer)
-        raise InputError(f"--to {to}: has no place for optimizer states. Choose {keepers}, or leave --with-optimizer out.")
+        raise InputError(f"--to {to}: cannot hold optimizer states. Choose {keepers}, or leave out --with-optimizer.")
     if not output.name or output.name == "..":
-        raise InputError(f"{output}: is no name for an output.")
+        raise InputError(f"{output}: is not a valid name for an output.")
     partial = output.with_name(output.name + ".partial")
 
     def watched(tensors: Mapping[str, LazyTensor], options: WriteOptions) -> dict[str, LazyTensor]:
@@ -80,7 +80,7 @@ def convert(
 
 
 def _watched(name: str, tensor: LazyTensor, options: WriteOptions, advance: Callable[[int], None]) -> LazyTensor:
-    """The tensor, counting what is read of it and refusing values that the new dtype would turn into infinity."""
+    """Wrap a tensor so that its reads are reported to `advance`, and values that the new dtype would turn into infinity are refused."""
 
     def read() -> Tensor:
         try:
@@ -91,7 +91,9 @@ def _watched(name: str, tensor: LazyTensor, options: WriteOptions, advance: Call
         if options.dtype == torch.float16 and value.dtype != torch.float16 and value.numel():
             highest = max(abs(float(bound)) for bound in value.aminmax())
             if highest > torch.finfo(torch.float16).max:
-                raise InputError(f"{name}: holds {highest:.4g}, more than fp16 can. Give --dtype bf16 or fp32, or leave it out.")
+                raise InputError(
+                    f"{name}: holds {highest:.4g}, which is more than fp16 can hold. Give --dtype bf16 or fp32, or leave it out."
+                )
         return value
 
     return replace(tensor, read=read, read_part=None)

@@ -1,4 +1,4 @@
-"""Weights of this project's training checkpoints (pangu.engine.checkpoint_reader reads DeepSpeed's files)."""
+"""Reads the weights of this project's training checkpoints (pangu.engine.checkpoint_reader reads DeepSpeed's files)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
-    """Weights of a checkpoint; of several the newest.
+    """The weights of a checkpoint, or of the newest checkpoint in a directory.
 
     Raises:
         InputError: naming the file that is missing, damaged or is not what the manifest says.

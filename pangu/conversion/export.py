@@ -1,4 +1,4 @@
-"""Weights of a running model, written by all its ranks as a canonical directory (pangu.conversion.huggingface)."""
+"""Writes the weights of a running model as a canonical directory (pangu.conversion.huggingface), with all its ranks."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def write_weights(
     *,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write the weights of a running model as a canonical directory, whole or not at all. Every rank must call this.
+    """Write the weights of a running model as a canonical directory, which appears complete or not at all. Every rank must call this.
 
     Each pipeline stage writes its own files, one parameter at a time: its slices are gathered over the tensor-parallel group, and the first
     rank of the stage holds at most one file's worth of tensors.
 
     Args:
-        path: the directory; one that exists is replaced once the new one is complete.
-        config: the model.
-        groups: this rank's groups.
-        parameters: this rank's, in the same order on every rank of a stage: the spec, and a context manager that gives the rank's slice.
-        tokenizer: a `vocab.model` to put beside the weights, or the directory that holds it.
+        path: the directory; an existing one is replaced once the new one is complete.
+        config: the model's configuration.
+        groups: this rank's process groups.
+        parameters: this rank's parameters, in the same order on every rank of a stage: the spec, and a context manager that yields the
+            slice.
+        tokenizer: a `vocab.model` to copy into the directory, or the directory that holds it.
     """
     partial = path.with_name(path.name + ".partial")
 
@@ -84,4 +85,4 @@ def _together(action: Callable[[], Any], world: Group, path: Path) -> list[Any]:
     try:
         return together(action, world)
     except OSError as error:
-        raise InputError(f"{path}: the weights could not be written ({error}). Free some space or mend the directory.") from None
+        raise InputError(f"{path}: the weights could not be written ({error}). Free some space or fix the directory.") from None

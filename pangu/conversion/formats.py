@@ -1,4 +1,4 @@
-"""The formats of weights by name, and which of them a path holds."""
+"""The formats of weights by name, and detection of the format of a path."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from pangu.errors import InputError
 
 @dataclass(frozen=True)
 class Format:
-    """One format: how it is recognised, read, written and verified. The programs know of a format what is said here."""
+    """One format of weights: how to detect, read, write and verify it. The programs know nothing else about a format."""
 
     detect: Callable[[Path], bool]
     read: Callable[[Path, Overrides], Weights]
     write: Callable[[Weights, Path, WriteOptions], None] | None = None
-    """None: the format is only read."""
+    """Writes weights to a path; None if the format can only be read."""
     keeps_optimizer: bool = False
-    """Whether the writer has a place for the optimizer's states."""
+    """Whether the format can hold the optimizer's states."""
     says_gelu: bool = True
-    """Whether what is written says which activation the model has; otherwise whoever reads it must know."""
+    """Whether written files name the model's activation function; otherwise whoever reads them must know it."""
     checksums: Checksums | None = None
+    """How to verify files; None if the format keeps no checksums."""
     locate: Callable[[Path], Path] = lambda path: path
-    """What a path stands for: itself, or the newest of the checkpoints in it."""
+    """Gives the checkpoint that a path stands for: the path itself, or the newest checkpoint in it."""
 
 
 FORMATS: dict[str, Format] = {
@@ -42,10 +43,10 @@ FORMATS: dict[str, Format] = {
 
 
 def detect_format(path: Path) -> str:
-    """The format a path holds, by looking at its files.
+    """Name of the format that a path holds, detected from its files.
 
     Raises:
-        InputError: if there is nothing, or nothing known.
+        InputError: if the path does not exist or holds no known format.
     """
     try:
         if not path.exists():
@@ -61,11 +62,11 @@ def detect_format(path: Path) -> str:
 
 
 def open_weights(path: Path | str, overrides: Overrides | None = None, *, format_name: str = "auto") -> Weights:
-    """Weights of any format, checked to be a complete model; nothing but names and shapes is read yet.
+    """Open weights of any format and check that they are a complete model; only names and shapes are read yet.
 
     Args:
         path: file or directory.
-        overrides: what the weights do not say.
+        overrides: facts about the model that the weights do not contain.
         format_name: a key of `FORMATS`, or `auto`.
     """
     path = Path(path)

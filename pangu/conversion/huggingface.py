@@ -1,4 +1,4 @@
-"""Canonical weights: a directory in HuggingFace's form that training writes and that training, generation and conversion read.
+"""Canonical weights: a HuggingFace directory that training writes and that training, generation and conversion read.
 
 `config.json`, `model-0000i-of-0000n.safetensors`, `model.safetensors.index.json`, the tokenizer's `vocab.model`, and the code with which
 transformers 5 loads it (`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`, also `AutoTokenizer`). Names are the
@@ -35,9 +35,9 @@ from pangu.text.tokenizer import EOT, MASK, PAD, SEP, UNK
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
-"""What transformers loads a directory with. It travels with the weights, so it imports nothing of this project."""
+"""The code with which transformers loads a directory. It is copied with the weights, so it imports nothing from this project."""
 SHARD_BYTES = 2 * 2**30
-"""A file holds at most so much, or one tensor. Training, which gathers as it writes, holds a file in host memory; conversion a tensor."""
+"""Largest size of a file in bytes, unless one tensor is larger. Training holds a whole file in host memory, conversion one tensor."""
 
 # Our name of each field of config.json that means the same, and the least number it can be.
 _FIELDS = {
@@ -69,13 +69,13 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
-    """Weights of a directory, ours or one that others have published.
+    """The weights of a directory, written by this project or published by others.
 
-    Names, shapes and types are read now and checked; a stored output layer is compared with the word embedding. Other tensors are read
+    Names, shapes and dtypes are read and checked now; a stored output layer is compared with the word embedding. Other tensors are read
     when they are asked for, slice by slice.
 
     Raises:
-        InputError: if it is no such directory, or not the whole of one model.
+        InputError: if it is not such a directory, or does not hold one complete model.
     """
     values = _read_object(path / CONFIG)
     described = _describe(path / CONFIG, values)
@@ -141,7 +141,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _describe(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says about the model, by our names."""
+    """The content of config.json by `ModelConfig` key."""
     if values.get("model_type") not in ("gpt_pangu", "pangu"):
         raise InputError(f'{path}: describes no PanGu model; expected "model_type": "gpt_pangu".')
     described: dict[str, Any] = {}
@@ -176,7 +176,7 @@ def _describe(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonical_name(name: str, *, base: bool) -> str:
-    """The canonical name of a tensor that a community model calls `name`; `base`: it was saved without its output layer."""
+    """The canonical name of a tensor that a community model calls `name`; `base`: whether it was saved without its output layer."""
     name = name.removeprefix("module.")
     if base:
         name = f"transformer.{name}"
@@ -184,7 +184,7 @@ def _canonical_name(name: str, *, base: bool) -> str:
 
 
 def _open_files(path: Path, overrides: Overrides) -> tuple[dict[str, LazyTensor], str, list[Path]]:
-    """Every stored tensor by its own name, what kind of files they are in, and which."""
+    """Every stored tensor by its own name, the kind of its files, and the files."""
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if (path / index).exists():
             tensors: dict[str, LazyTensor] = {}
@@ -259,9 +259,9 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
     """Write a canonical directory, holding one tensor at a time.
 
     Args:
-        weights: any.
-        output: the directory, made here. `pangu.conversion.convert` makes it appear whole or not at all.
-        options: `dtype`.
+        weights: weights of any format.
+        output: the directory to create. `pangu.conversion.convert` makes it appear complete or not at all.
+        options: only `dtype` is used.
     """
     output.mkdir(parents=True, exist_ok=True)
     writer = FileWriter(output, dtype=options.dtype)
@@ -338,7 +338,7 @@ def finish(directory: Path, files: Sequence[WrittenFile], config: ModelConfig, d
 
 
 def _write_companions(directory: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
-    """What lies beside the tensors: the model's description, the tokenizer, the code for transformers."""
+    """Write the other files of the directory: config.json, the tokenizer, the code for transformers."""
     _write_json(directory / CONFIG, _config_json(config, dtype))
     _write_json(directory / "tokenizer_config.json", _tokenizer_json(config))
     for module in sorted(REMOTE_CODE.glob("*.py")):

@@ -1,11 +1,11 @@
-"""What a checkpoint of any format is, and everything that is wrong with it.
+"""Reports what a checkpoint of any format is, and everything that is wrong with it.
 
     found = look(Path("weights/2.6B"))          # names and shapes: what it is, and which tensors are missing, unknown or of a wrong shape
     verify(found, advance)                      # every number of every tensor, and the checksums that the format keeps
     found.problems                              # a line each; empty: sound
 
-A problem is what a reader or `weights.complete` would refuse; here they are told to go on (`Overrides.problems`). One tensor is in memory
-at a time, or two where the source holds a tensor twice.
+A problem is what a reader or `weights.complete` would refuse; here they collect it and continue (`Overrides.problems`). One tensor is in
+memory at a time, or two where the source holds a tensor twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pangu.errors import InputError
 from pangu.tensor_files.lazy_tensor import LazyTensor
 
 BLOCK_NUMBERS = 1 << 16
-"""Numbers that are turned into float64 at once: few enough to stay in the processor's cache."""
+"""Number of elements converted to float64 at once: few enough to stay in the processor's cache."""
 
 _GAIN = re.compile(r"\.ln_(?:1|2|f)\.weight$")
 # Kinds of what is no weight, by their names in any format; the first that fits.
@@ -43,7 +43,7 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Values:
-    """The numbers of a tensor. Those that are NaN or infinite are counted and otherwise left out; None if nothing is left."""
+    """Statistics of a tensor's values. NaN and infinity are counted and otherwise left out; a statistic is None if nothing is left."""
 
     minimum: float | None
     maximum: float | None
@@ -52,25 +52,25 @@ class Values:
     num_nan: int = 0
     num_inf: int = 0
     first_bad: tuple[int, ...] | None = None
-    """Where the first of them is."""
+    """Index of the first NaN or infinity."""
 
 
 @dataclass
 class Inspection:
-    """What was found."""
+    """The result of an inspection."""
 
     path: Path
     format: str
     weights: Weights | None
-    """None: a training checkpoint that cannot be read; its files can still be verified."""
+    """The weights; None for a training checkpoint that cannot be read, whose files can still be verified."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What is worth knowing and no problem."""
+    """Remarks that are not problems."""
     values: dict[str, Values] | None = None
-    """The numbers of every tensor that could be read; None: not verified."""
+    """Statistics of every tensor that could be read; None if `verify` has not run."""
 
     def as_dict(self, *, tensors: bool = False) -> dict[str, Any]:
-        """All of it as plain values, for scripts; `tensors`: with a list of them."""
+        """The result as plain values, for scripts; `tensors`: include a list of the tensors."""
         found: dict[str, Any] = {"path": str(self.path), "format": self.format, "verified": self.values is not None}
         if self.weights is not None:
             found |= _describe(self.weights)
@@ -109,20 +109,20 @@ def _describe_tensor(name: str, tensor: LazyTensor, values: dict[str, Values]) -
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float16` and the like."""
+    """Name of a dtype, such as `float16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def look(path: Path, *, format_name: str = "auto", num_heads: int | None = None) -> Inspection:
-    """What a path holds, by names and shapes.
+    """Inspect names and shapes of what a path holds.
 
     Args:
         path: file or directory.
         format_name: a key of `FORMATS`, or `auto`.
-        num_heads: where the source does not say it.
+        num_heads: number of attention heads, if the source does not contain it.
 
     Raises:
-        InputError: if it is of no known format, or damaged so that no list of its tensors can be had.
+        InputError: if the format is unknown, or the damage is such that the tensors cannot be listed.
     """
     name = detect_format(path) if format_name == "auto" else format_name
     where = FORMATS[name].locate(path)
@@ -141,7 +141,7 @@ def look(path: Path, *, format_name: str = "auto", num_heads: int | None = None)
 
 
 def bytes_to_verify(found: Inspection) -> int:
-    """What `verify` will read."""
+    """Number of bytes that `verify` will read."""
     checksums = FORMATS[found.format].checksums
     checked = checksums.files(found.path, found.weights) if checksums else []
     total = sum(file.stat().st_size for file in checked if file.is_file())
@@ -151,9 +151,9 @@ def bytes_to_verify(found: Inspection) -> int:
 
 
 def verify(found: Inspection, advance: Advance = lambda read: None) -> None:
-    """Read all of a checkpoint, and add to its problems and notes.
+    """Read all of a checkpoint, and add to the problems and notes of `found`.
 
-    Looked for: NaN and infinity; tensors all of whose numbers are the same, unless a model that was not trained has them; copies of a
+    Checked are: NaN and infinity; tensors all of whose numbers are the same, unless a model that was not trained has them; copies of a
     tensor that differ (a stored output layer, replicas of tensor-parallel or MindSpore ranks); MindSpore's CRC-32; the hashes of a training
     checkpoint's files, optimizer states and random states included, and files that it lacks or has too many.
     """
@@ -188,7 +188,7 @@ def verify(found: Inspection, advance: Advance = lambda read: None) -> None:
 
 
 def measure(tensor: Tensor) -> Values:
-    """The numbers of a tensor of any layout, looked at in blocks of float64."""
+    """Statistics of a tensor with any memory layout, computed in blocks of float64."""
     minimum, maximum, count, mean, squares = math.inf, -math.inf, 0, 0.0, 0.0
     num_nan = num_inf = 0
     first_bad = None
@@ -220,7 +220,7 @@ def measure(tensor: Tensor) -> Values:
 
 
 def _blocks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The first row and the rows of each block. A transposed tensor is not copied as a whole."""
+    """Yield the index of the first row, and the rows, of each block. A transposed tensor is not copied as a whole."""
     if tensor.dim() == 0:
         tensor = tensor.view(1)
     rows = max(1, BLOCK_NUMBERS // max(1, math.prod(tensor.shape[1:])))
@@ -229,14 +229,14 @@ def _blocks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _untrained(name: str, value: float | None) -> str | None:
-    """What a constant tensor is in a model as it is initialised; None if it is nothing there."""
+    """Description of a constant tensor that an untrained model also has; None if an untrained model does not have it."""
     if _GAIN.search(name):
         return "LayerNorm gains of all ones" if value == 1 else None
     return "biases of all zeros" if name.endswith(".bias") and value == 0 else None
 
 
 def _differing_copies(name: str, value: Tensor, tensor: LazyTensor, advance: Advance) -> Iterator[str]:
-    """One line for all places that hold another tensor than was read."""
+    """One line about all places that hold a different tensor than the one that was read."""
     different, how = [], ""
     for place, copy in tensor.copies():
         try:
@@ -255,7 +255,7 @@ def _differing_copies(name: str, value: Tensor, tensor: LazyTensor, advance: Adv
 
 
 def _difference(value: Tensor, other: Tensor) -> str:
-    """How two tensors differ, NaN being equal to NaN; empty if they do not."""
+    """How two tensors differ, with NaN equal to NaN; empty if they are equal."""
     if value.shape != other.shape:
         return f"shape {list(other.shape)}, not {list(value.shape)}"
     count, first = 0, None

@@ -1,14 +1,15 @@
-"""Weights of the PyTorch port that was published with PanGu-α: Megatron-LM 1.1 checkpoints, one file a tensor-parallel rank.
+"""Weights of the PyTorch port that was published with PanGu-α: Megatron-LM 1.1 checkpoints, one file per tensor-parallel rank.
 
     DIR/latest_checkpointed_iteration.txt                       1000, or "release"
-    DIR/iter_0001000/mp_rank_00/model_optim_rng.pt              model, iteration, and what else training keeps
+    DIR/iter_0001000/mp_rank_00/model_optim_rng.pt              model, iteration, and further training state
 
-What the port's own loader wants is written: `model` and `iteration`. Its `--num-layers` does not count the query layer. It sets up training
-anew from these files with `--finetune` (there is no optimizer in them), and its activation is erf GELU unless it is given `--openai-gelu`.
+The writer writes what the port's loader needs: `model` and `iteration`. Its `--num-layers` does not count the query layer. It sets up
+training anew from these files with `--finetune` (there is no optimizer in them), and its activation is erf GELU unless it is given
+`--openai-gelu`.
 
 The vocabulary is padded to a multiple of the number of files, as the port's default `--make-vocab-size-divisible-by 1` has it. Its older
-version padded to a multiple of 128 a rank; give it that flag, for it refuses another size, while the newer one would cut each rank's larger
-table to size and shift the ids of all ranks but the first.
+version padded to a multiple of 128 per rank; give it that flag, since it refuses another size, while the newer one would cut each rank's
+larger table to size and shift the ids of all ranks but the first.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pangu.tensor_files.torch_pickle import Opaque
 
 TRACKER, FILE, TOKENIZER = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "vocab.model"
 DIALECT = "pangu_alpha"
-"""A key of ours beside the model: what the port has no field for. The port reads past it."""
+"""A key that this project adds beside the model, for what the port has no field for. The port ignores it."""
 _MARKED = ("vocab_size", "num_heads", "gelu", "final_norm", "separator_id", "pad_id")
 
 _GLOBAL = {
@@ -60,7 +61,7 @@ _ITERATION = re.compile(r"iter_(\d{7,12})|release")
 
 
 def detect(path: Path) -> bool:
-    """Whether a path is such a checkpoint: the directory with the tracker, one of its iterations, or a file of torch.save."""
+    """Whether a path is a Megatron checkpoint: the directory with the tracker, one of its iterations, or a file of torch.save."""
     if path.is_file():
         return path.suffix in (".pt", ".pth") and is_torch_file(path)
     if not path.is_dir():
@@ -72,12 +73,12 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
-    """Weights of a checkpoint, however many files it was split into.
+    """The weights of a checkpoint, from any number of tensor-parallel files.
 
     Args:
         path: the directory with the tracker file, an iteration's directory, or one of its files.
-        overrides: the user's. The GELU is by default what the file says: our own mark, or the arguments of the training run that saved it.
-            Files that a converter made say nothing; they hold the released weights, which tanh GELU has trained.
+        overrides: the user's settings. By default the GELU is that of the file: our own key, or the arguments of the run that saved it.
+            Files made by a converter contain neither; they hold the released weights, which were trained with tanh GELU.
 
     Raises:
         InputError: naming the file and tensor that is missing, damaged or disagrees with another.
@@ -249,7 +250,7 @@ def _split_dims() -> dict[str, int | None]:
 def _full_shape(
     files: list[Path], name: str, pieces: list[StoredTensor], split_dim: int | None, overrides: Overrides
 ) -> tuple[int, ...] | None:
-    """None where problems are collected and the pieces make no tensor."""
+    """Shape of the full tensor; None if problems are collected and the pieces do not make a tensor."""
     if len(pieces) < len(files):
         return None
     first = pieces[0]
@@ -264,11 +265,11 @@ def _full_shape(
 
 
 def _vocab_size(path: Path, rows: int, num_files: int, root: dict[Any, Any], described: dict[str, Any]) -> int:
-    """How many of a word embedding's rows are vocabulary.
+    """Number of rows of a word embedding that are vocabulary and not padding.
 
-    Our mark says it. Otherwise just the published vocabulary is recognised, and just where the number of rows is what the port pads it to:
-    to a multiple of 128 a rank for 1, 2, 4 or 8 ranks (files may have been merged since), or as the file's arguments say. Any other number
-    of rows is a vocabulary of its own.
+    Our own key contains it. Otherwise only the published vocabulary is recognised, and only if the number of rows is what the port pads it
+    to: a multiple of 128 per rank for 1, 2, 4 or 8 ranks (files may have been merged since), or as the file's arguments say. Any other
+    number of rows is taken for the vocabulary size.
     """
     if "vocab_size" in described:
         size = described["vocab_size"]
@@ -287,7 +288,7 @@ def _arguments(root: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _described(root: dict[Any, Any]) -> tuple[dict[str, Any], str]:
-    """What the file says about the model by `ModelConfig` key, and in words where its GELU is from."""
+    """What the file contains about the model by `ModelConfig` key, and in words the source of its GELU."""
     mark = root.get(DIALECT)
     if isinstance(mark, dict):
         return {key: mark[key] for key in _MARKED if type(mark.get(key)) in (int, str)}, "GELU and heads as it says itself"
@@ -308,13 +309,13 @@ def _described(root: dict[Any, Any]) -> tuple[dict[str, Any], str]:
 
 
 def write(weights: Weights, output: Path, options: WriteOptions) -> None:
-    """A directory of `options.tensor_parallel` files with its tracker, and the tokenizer's `vocab.model` if there is one.
+    """Write a directory of `options.tensor_parallel` files with its tracker, and the tokenizer's `vocab.model` if there is one.
 
     Each tensor is read once; one of them is in memory at a time, whatever the number of files.
 
     Raises:
-        InputError: if the model cannot be split so, or is one that the port would compute wrongly.
-        OSError: if it cannot be written.
+        InputError: if the model cannot be split into that many files, or is one that the port would compute wrongly.
+        OSError: if a file cannot be written.
     """
     config, ranks = weights.config, options.tensor_parallel
     if ranks < 1 or config.num_heads % ranks or config.ffn_hidden_size % ranks:

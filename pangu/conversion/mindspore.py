@@ -1,4 +1,4 @@
-"""Weights as the original MindSpore code keeps them: one .ckpt, in any of the four dialects of names.
+"""Weights of the original MindSpore code: one .ckpt, in any of four naming dialects.
 
 | dialect | word_emb | pos_emb | query_emb | query layer |
 |---|---|---|---|---|
@@ -92,7 +92,7 @@ _NO_WEIGHT = re.compile(
 
 
 def detect(path: Path) -> bool:
-    """Whether this is one .ckpt file: by its name, or by its first bytes, which are a short tag."""
+    """Whether a path is a .ckpt file, by its name or by its first bytes, which are a short tag."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -101,7 +101,7 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
-    """Weights of one .ckpt.
+    """The weights of one .ckpt.
 
     Raises:
         InputError: see `mindspore_file.scan`, `assemble` and `weights.complete`.
@@ -130,7 +130,7 @@ def _open_optimizer(path: Path, stored: Mapping[str, StoredTensor]) -> States:
 
 
 def write(weights: Weights, output: Path, options: WriteOptions) -> None:
-    """One .ckpt, byte for byte as MindSpore saves the model; names as in `file_names`."""
+    """Write one .ckpt, byte for byte as MindSpore saves the model, with the names of `file_names`."""
     names = file_names(weights.config)
     with open(output, "wb") as file:
         for canonical, name in names.items():
@@ -147,7 +147,7 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
 def file_names(config: ModelConfig) -> dict[str, str]:
     """The original release's name of every canonical tensor, in the order in which MindSpore saves them.
 
-    A model with its final norm after the query layer gets the pipeline dialect's, for that is how a reader tells the two.
+    A model with its final norm after the query layer gets the pipeline dialect's names, by which a reader distinguishes the two.
     """
     last = config.num_layers - 1
     pipeline = config.final_norm == "after_query"
@@ -169,7 +169,7 @@ def file_names(config: ModelConfig) -> dict[str, str]:
 
 
 def stored_layout(canonical: str, tensor: LazyTensor) -> LazyTensor:
-    """A tensor in the original's layout from ours, or in ours from the original's: the two differ by a transpose."""
+    """Convert a tensor between our layout and the original's, in either direction: the two differ by a transpose."""
     if not canonical.endswith(_TRANSPOSED) or len(tensor.shape) != 2:
         return tensor
     part = tensor.read_part
@@ -184,14 +184,14 @@ def stored_layout(canonical: str, tensor: LazyTensor) -> LazyTensor:
 def assemble(
     where: Path, names: Iterable[str], open_tensor: Callable[[str], LazyTensor], overrides: Overrides, *, form: str, **rest: Any
 ) -> Weights:
-    """Weights from tensors that a MindSpore format holds.
+    """Build weights from the tensors of a MindSpore format.
 
     Args:
         where: the source, for messages.
         names: everything it holds, in any dialect, optimizer states and bookkeeping included.
         open_tensor: a tensor by its name, in the stored layout.
-        overrides: the user's.
-        form: the format in words, for `Weights.source`.
+        overrides: the user's settings.
+        form: description of the format, for `Weights.source`.
         rest: other fields of `Weights`.
 
     Raises:
@@ -280,7 +280,7 @@ def _canonical_names(where: Path, names: Iterable[str], overrides: Overrides) ->
 
 
 def _check_layout(where: Path, found: dict[str, str], tensors: dict[str, LazyTensor]) -> None:
-    """Square matrices do not show whether they are transposed; the two of the MLP beside them do."""
+    """Check the layout by the MLP's two matrices: the shape of square matrices does not show whether they are transposed."""
     hidden = tensors[_WORD].shape[1]
     for canonical, name in found.items():
         shape = tensors[canonical].shape
@@ -291,7 +291,7 @@ def _check_layout(where: Path, found: dict[str, str], tensors: dict[str, LazyTen
 
 
 def read_step(stored: Mapping[str, StoredTensor], path: Path) -> int | None:
-    """The training step, if a file holds its counter."""
+    """The training step, or None if the file does not hold the counter."""
     for name, tensor in stored.items():
         if _PREFIX.sub("", name, count=1) == "global_step" and tensor.dtype in (torch.int32, torch.int64) and math.prod(tensor.shape) == 1:
             return int(tensor.read(path))
@@ -299,7 +299,7 @@ def read_step(stored: Mapping[str, StoredTensor], path: Path) -> int | None:
 
 
 def tokenizer_beside(path: Path) -> Path | None:
-    """A `vocab.model` in a directory, or beside a file."""
+    """The path of a `vocab.model` in a directory, or beside a file; None if there is none."""
     candidate = (path if path.is_dir() else path.parent) / "vocab.model"
     return candidate if candidate.is_file() else None
 

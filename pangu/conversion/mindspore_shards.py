@@ -1,4 +1,4 @@
-"""Weights as the original was released: one .ckpt a rank, a strategy file that says how each tensor is cut, three embeddings as .npy.
+"""Weights in the form of the original release: one .ckpt per rank, a strategy file with the split of each tensor, three embeddings as .npy.
 
     filerted_0.ckpt ... filerted_511.ckpt (sic), or rank_0/NAME.ckpt ... as training leaves them
     pangu_alpha_2.6B_ckpt_strategy.ckpt
@@ -38,7 +38,7 @@ _EMBEDDINGS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor is cut over the ranks; see the head of this file."""
+    """How one tensor is split over the ranks; see the module's docstring."""
 
     dev_matrix: tuple[int, ...]
     tensor_map: tuple[int, ...]
@@ -46,7 +46,7 @@ class Layout:
     shard_size: int
 
     def slices(self) -> tuple[list[int], list[tuple[int, list[int]]]]:
-        """How many parts each dimension has, and a rank that holds each slice with the slice's index along every dimension.
+        """The number of parts of each dimension, and for each slice a rank that holds it with the slice's index along every dimension.
 
         The cut for the optimizer is part of dimension 0.
 
@@ -71,12 +71,12 @@ class Layout:
 
 
 def detect(path: Path) -> bool:
-    """Whether a directory holds one file a rank."""
+    """Whether a directory holds one file per rank."""
     return path.is_dir() and any(_FLAT.fullmatch(entry.name) or _RANK.fullmatch(entry.name) for entry in path.iterdir())
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
-    """Weights of a directory of shards. Every file's contents are checked now; tensors are put together when they are asked for, with one
+    """The weights of a directory of shards. The contents of every file are checked now; tensors are merged when they are read, with one
     file open at a time.
 
     Raises:
@@ -156,7 +156,7 @@ def _rank_files(path: Path) -> list[Path]:
 
 
 def _scan_all(files: Sequence[Path], arrays: dict[str, Path]) -> list[dict[str, StoredTensor]]:
-    """The tensors of every rank's file; ranks alike share one table, so that hundreds of them cost the memory of a few."""
+    """The tensors of every rank's file; equal ranks share one table, so that hundreds of them take the memory of a few."""
     tables: list[dict[str, StoredTensor]] = []
     for file in files:
         table = scan(file)
@@ -209,13 +209,13 @@ def _merged(strategy_path: Path, name: str, layout: Layout, files: Sequence[Path
 
 
 def read_strategy(path: Path) -> dict[str, Layout]:
-    """How each parameter is cut, by its name.
+    """How each parameter is split, by its name.
 
     `ParallelStrategyMap` (protobuf): 3 repeated item {1 name, 2 layout {1 dev_matrix {1 dim}, 2 tensor_map {1 dim}, 6 step, 7 size}}; of a
     repeated matrix or map the first counts.
 
     Raises:
-        InputError: with the file and the offset, if it is no strategy file.
+        InputError: with the file and the offset, if it is not a strategy file.
     """
     layouts: dict[str, Layout] = {}
     with mapped(path) as whole:
@@ -238,7 +238,7 @@ def read_strategy(path: Path) -> dict[str, Layout]:
 
 
 def _read_layout(layout: Message, at: int) -> Layout | None:
-    """None for a scalar, which is not cut."""
+    """The layout of a parameter; None for a scalar, which is not split."""
     fields = _first_fields(layout)
     dev_matrix, tensor_map = (_dims(fields.get(number), layout, at) for number in (1, 2))
     step, size = (signed(value) if isinstance(value := fields.get(number, 0), int) else 0 for number in (6, 7))

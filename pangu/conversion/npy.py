@@ -1,4 +1,4 @@
-"""Weights as a directory of one .npy a tensor, under the names and in the layout of the original MindSpore checkpoint.
+"""Weights as a directory with one .npy per tensor, under the names and in the layout of the original MindSpore checkpoint.
 
 backbone.blocks.0.attention.dense1.weight.npy
 """
@@ -29,12 +29,12 @@ _HEADER_BYTES = 1 << 16
 
 
 def detect(path: Path) -> bool:
-    """Whether a directory holds a word embedding in a file of its own."""
+    """Whether a directory holds a word embedding in a .npy file of its own."""
     return path.is_dir() and any(path.glob("*embedding_table.npy"))
 
 
 def read(path: Path, overrides: Overrides) -> Weights:
-    """Weights of a directory.
+    """The weights of a directory.
 
     Raises:
         InputError: naming the file that is missing, damaged or of an unexpected shape.
@@ -54,10 +54,10 @@ def read(path: Path, overrides: Overrides) -> Weights:
 
 
 def write(weights: Weights, output: Path, options: WriteOptions) -> None:
-    """A directory of .npy files, and the tokenizer's `vocab.model` if there is one.
+    """Write a directory of .npy files, and the tokenizer's `vocab.model` if there is one.
 
     Raises:
-        InputError: if a tensor is bfloat16, which .npy files have no word for.
+        InputError: if a tensor is bfloat16, which .npy files cannot hold.
     """
     output.mkdir(parents=True)
     for canonical, name in file_names(weights.config).items():
@@ -74,10 +74,10 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
 
 
 def open_array(path: Path) -> LazyTensor:
-    """The array of a .npy, to be read when it is asked for.
+    """A lazy tensor of a .npy file.
 
     Raises:
-        InputError: if it is no whole .npy of floating point. Nothing in it is ever unpickled.
+        InputError: if it is not a complete .npy of floating-point numbers. Nothing in it is ever unpickled.
     """
     try:
         with open_file(path) as file, warnings.catch_warnings():

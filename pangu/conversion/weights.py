@@ -1,4 +1,4 @@
-"""What every format of weights is read into and written from: a model's tensors by canonical name, read one at a time.
+"""The common form of weights, between all readers and writers: a model's tensors by canonical name, read one at a time.
 
 A reader is a function `read(path, overrides) -> Weights`, a writer `write(weights, output, options)`; a format's file has one or both, so N
 formats need N readers and N writers. A conversion holds one tensor in memory, whatever the model's size.
@@ -25,33 +25,33 @@ from pangu.model.model import PanguModel
 from pangu.tensor_files.lazy_tensor import LazyTensor
 
 VOCAB_SIZE = 40000
-"""Rows of the published vocabulary; a table with more of them that the source's tool padded is cut to it."""
+"""Number of ids of the published vocabulary; a table that the source's tool has padded is cut to it."""
 
 # Heads cannot be seen in weights: every published size has its own (arXiv 2104.12369, Table 1).
 _HEADS_BY_HIDDEN_SIZE = {preset["hidden_size"]: preset["num_heads"] for preset in MODEL_PRESETS.values()}
 
 
 States = Mapping[str, Mapping[str, LazyTensor]]
-"""What Adam keeps, by state (`exp_avg`, `exp_avg_sq`: running means of the gradient and of its square) and canonical name."""
+"""Adam's states, by state (`exp_avg`, `exp_avg_sq`: running means of the gradient and of its square) and canonical name."""
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What weights do not say about the model; None takes the format's own answer."""
+    """Facts about the model that weights do not contain; None uses the format's default."""
 
     num_heads: int | None = None
     gelu: str | None = None
     final_norm: str | None = None
     problems: list[str] | None = None
-    """An inspection's: what is wrong with a model is added to it and reading goes on. None: the first problem is refused."""
+    """For an inspection: problems are added to this list and reading continues. None: the first problem raises InputError."""
 
     @property
     def strict(self) -> bool:
-        """Whether the first problem is refused."""
+        """Whether the first problem raises InputError."""
         return self.problems is None
 
     def report(self, where: Path, problems: Sequence[str], ending: str = "") -> None:
-        """Refuse the first of some problems, saying how many more there are, or note all of them.
+        """Raise InputError about the first problem and the number of further ones, or collect all of them.
 
         Raises:
             InputError: unless problems are collected.
@@ -65,62 +65,62 @@ class Overrides:
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How a writer writes."""
+    """Options of a writer."""
 
     dtype: torch.dtype | None = None
-    """Type of the written tensors; None keeps each tensor's own."""
+    """Dtype of the written tensors; None keeps each tensor's own."""
     tensor_parallel: int = 1
-    """Number of files a tensor-parallel format splits the model into."""
+    """Number of files into which a tensor-parallel format splits the model."""
 
 
 @dataclass(frozen=True)
 class Weights:
     """A complete model: every tensor of its configuration, with the right shape, and no other. Problems that were collected while it was
-    read (`Overrides.problems`) say what does not hold of that.
+    read (`Overrides.problems`) name the exceptions.
     """
 
     config: ModelConfig
-    """Where problems were collected, `num_heads` is 0 if nothing says it: no model can be built from that."""
+    """The model's configuration. If problems were collected, an unknown `num_heads` is 0, from which no model can be built."""
     tensors: Mapping[str, LazyTensor]
     source: str
-    """Format and dialect, in words."""
+    """Description of the format and the dialect."""
     step: int | None = None
-    """Training step, where the source says it."""
+    """Training step, if the source contains it."""
     left_out: Sequence[str] = field(default_factory=tuple)
-    """Names in the source that are no weights: optimizer states, bookkeeping."""
+    """Names in the source that are not weights: optimizer states, bookkeeping."""
     tokenizer: Path | None = None
-    """A `vocab.model` that lies beside the weights."""
+    """Path of a `vocab.model` beside the weights."""
     files: Sequence[Path] = field(default_factory=tuple)
-    """What the source consists of, configuration and tokenizer aside."""
+    """Files of the source, except configuration and tokenizer."""
     layout: Mapping[str, int] = field(default_factory=dict)
-    """How the source is cut: ranks, or training's tensor, pipeline and data sizes and ZeRO stage; empty if it is not."""
+    """How the source is split: number of ranks, or training's tensor, pipeline and data sizes and ZeRO stage; empty if it is not split."""
     open_optimizer: Callable[[], States] | None = None
-    """Opens the optimizer's states, where the source has them; one of them is `fp32`, the weights, if `tensors` are rounded."""
+    """Opens the optimizer's states, if the source has them; one of them is `fp32`, the weights, if `tensors` are rounded."""
     optimizer: States = field(default_factory=dict)
-    """States that are to be written with the weights."""
+    """Optimizer states to write with the weights."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in: that of the word embedding."""
+        """The dtype that the model computes in: that of the word embedding."""
         return self.tensors["transformer.wte.weight"].dtype
 
     def with_optimizer(self) -> Weights:
-        """The weights in fp32, with the states of the optimizer that trained them.
+        """The same weights in fp32, with the states of the optimizer that trained them.
 
         Raises:
-            InputError: if the source holds none.
+            InputError: if the source holds no optimizer states.
         """
         if self.open_optimizer is None:
-            raise InputError(f"{self.source}: holds no optimizer states. Leave --with-optimizer out.")
+            raise InputError(f"{self.source}: holds no optimizer states. Leave out --with-optimizer.")
         states = dict(self.open_optimizer())
         masters = states.pop("fp32", self.tensors)
         return replace(self, tensors={name: masters[name] for name in self.tensors}, optimizer=states)
 
     def refuse_other(self, model: ModelConfig, where: str) -> None:
-        """Refuse a model that these weights are not the weights of.
+        """Check that a model's configuration is that of these weights.
 
         Raises:
-            InputError: beginning with `where`, naming the key that differs.
+            InputError: begins with `where` and names the key that differs.
         """
         found = self.config.identity()
         for key, ours in model.identity().items():
@@ -129,7 +129,7 @@ class Weights:
                 raise InputError(f"{where}: its {key} is {theirs}, but model.{key} = {ours}. Set model.{key}={theirs}.")
 
     def fill(self, local: Tensor, spec: ShardSpec, rank: int, size: int) -> None:
-        """Write one rank's slice of a tensor into `local` (a `ParamInit`), reading no more than that if the format can."""
+        """Copy one rank's slice of a tensor into `local` (a `ParamInit`), reading no more than that if the format allows it."""
         tensor = self.tensors[spec.name]
         if spec.split_dim is None or size == 1 or tensor.read_part is None:
             local.copy_(spec.slice(tensor.read(), rank, size))
@@ -159,7 +159,7 @@ class Checksums:
 
 
 def model_specs(config: ModelConfig) -> dict[str, ShardSpec]:
-    """Every parameter of a model by its canonical name, in the model's order. Nothing is allocated."""
+    """The spec of every parameter of a model by its canonical name, in the model's order. Nothing is allocated."""
     model = PanguModel(config, ParallelContext(device=torch.device("meta")))
     return {spec.name: spec for spec, _ in canonical_parameters(model)}
 
@@ -176,17 +176,17 @@ def complete(
     described: Mapping[str, Any] | None = None,
     **rest: Any,
 ) -> Weights:
-    """Weights from what a reader found: sizes are inferred from the tensors, and the model must be whole.
+    """Build weights from what a reader found: sizes are inferred from the tensors, and the model must be complete.
 
     Args:
         where: the source, for messages.
-        tensors: by canonical name.
-        overrides: the user's.
+        tensors: the tensors by canonical name.
+        overrides: the user's settings.
         source: see `Weights.source`.
-        gelu: what the format or dialect implies.
-        final_norm: likewise.
-        num_layers: how many the names show, where a query layer without tensors would leave no trace in the canonical ones.
-        described: what a configuration beside the tensors says, by `ModelConfig` key. A size that the tensors contradict is refused.
+        gelu: the activation that the format or dialect implies.
+        final_norm: the position of the final LayerNorm that the format or dialect implies.
+        num_layers: number of layers in the source's names; a query layer without tensors would not show up in the canonical names.
+        described: values from a configuration beside the tensors, by `ModelConfig` key. A size that the tensors contradict is refused.
         rest: other fields of `Weights`.
 
     Raises:
@@ -258,6 +258,6 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int
 
 
 def _first_problem(error: ValueError) -> str:
-    """pydantic's first complaint in one line."""
+    """pydantic's first error in one line."""
     problems = error.errors() if hasattr(error, "errors") else [{"msg": str(error), "loc": ()}]
     return f"{'.'.join(map(str, problems[0]['loc']))} {problems[0]['msg']}".strip() + "."

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +20,24 @@ from helpers.harness import ENVIRONMENT  # noqa: E402  (the line above makes it 
 os.environ.update(ENVIRONMENT)
 # The fork server and launched programs import the tests' helpers by name.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="skip every test at the moment it starts a process (see `make quick`)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under --quick a test that starts a process, itself or through a fixture, is skipped there and then: no list of tests to keep."""
+
+    def skip(*_: Any, **__: Any) -> None:
+        pytest.skip("starts a process")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("quick"):
+            patch.setattr(subprocess.Popen, "__init__", skip)
+            patch.setattr(multiprocessing.process.BaseProcess, "start", skip)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Asks a model about examples: what it chooses, writes or finds likely, and whether that is right."""
+"""Gets a model's answers to examples, chosen, written or scored, and checks whether they are right."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pangu.inference.generation import TextGenerator
 from pangu.text.segmentation import Segmenter
 
 Record = dict[str, Any]
-"""What becomes of one example; a line of the records' file."""
+"""The result of one example, a line of the records file."""
 
 PROMPTS_A_BATCH = 8
 
 
 class Answerer:
-    """Asks about examples of one task.
+    """Gets a model's answers to examples of one task.
 
     Args:
-        task: what is asked.
+        task: the task.
         generator: the model and its tokenizer.
-        builder: makes the texts.
-        seed: of sampling; each example draws from its own stream.
+        builder: makes the texts from the examples.
+        seed: seed of sampling; each example uses its own random stream.
     """
 
     def __init__(self, task: Task, generator: TextGenerator, builder: PromptBuilder, seed: int) -> None:
@@ -36,7 +36,7 @@ class Answerer:
         self.metrics = answer_metrics()
 
     def answer(self, examples: Sequence[tuple[int, Example]]) -> list[Record]:
-        """The records of examples, each given with its number in the data."""
+        """The records of examples, which are given as (number in the data, example)."""
         queries = [self.builder.build(example, number) for number, example in examples]
         match self.task.kind:
             case "choice":
@@ -51,7 +51,7 @@ class Answerer:
         ]
 
     def _choose(self, queries: Sequence[Query]) -> list[Record]:
-        """The choice with the lowest mean loss of a token; of equal ones the first in the order drawn."""
+        """Records of the choice with the lowest mean loss per token; among equal ones the first in the order drawn."""
         scores = iter(self.scorer.score([self.scorer.span(text.context, text.scored) for query in queries for text in query.texts]))
         records = []
         for query in queries:
@@ -105,17 +105,17 @@ class Answerer:
 
 
 def as_written(answers: Sequence[str]) -> list[str]:
-    """The answers, and those that the tokenizer lets no model write also as it could be written (１９９５年 as 1995年)."""
+    """The answers; those with characters that the tokenizer folds are added in their folded form (１９９５年 as 1995年)."""
     return [*answers, *(form for answer in answers if (form := restore_punctuation(unicodedata.normalize("NFKC", answer))) not in answers)]
 
 
 def max_new_tokens(task: Task, max_positions: int) -> int:
-    """Tokens an answer may have: half of a small window at most, so that something can be asked."""
+    """Largest number of tokens of an answer: at most half of the window, so that there is room for the question."""
     return min(int(task.decoding.get("max_new_tokens", 0)), max_positions // 2)
 
 
 def answer_metrics() -> dict[str, Callable[[Sequence[str], str], float]]:
-    """How a written answer is compared, by the names in tasks.yaml."""
+    """The metrics of written answers, by the names in tasks.yaml."""
     segmenter = Segmenter()
 
     def first_word(answers: Sequence[str], prediction: str) -> float:
@@ -125,7 +125,7 @@ def answer_metrics() -> dict[str, Callable[[Sequence[str], str], float]]:
 
 
 def begins_with(answers: Sequence[str], prediction: str) -> float:
-    """1 if the prediction begins with an answer: of a text that goes on after the word asked for, nothing says where the word ends."""
+    """1 if the prediction begins with an answer, else 0: nothing marks where the requested word ends in a longer text."""
     return float(_folded(prediction).startswith(tuple(map(_folded, answers))))
 
 

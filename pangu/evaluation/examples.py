@@ -1,4 +1,4 @@
-"""What every reader makes of a dataset, and the reading of files that came from elsewhere: whole, or refused in one line."""
+"""The form of examples that every reader returns, and checked reading of data files, which are refused in one line if damaged."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Choice:
     """One of the answers that an example offers."""
 
     label: str
-    """What it is called in the records; of a blank's candidates, their number."""
+    """Name of the choice in the records; for a blank's candidates, their number."""
     word: str
-    """What stands for it in the text: `{word}` in the templates."""
+    """Text of the choice: `{word}` in the templates."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class Example:
 
     id: str
     fields: Mapping[str, str]
-    """What the templates of tasks.yaml name in braces."""
+    """Values of the fields that the templates of tasks.yaml name in braces."""
     choices: tuple[Choice, ...] = ()
     gold: int = 0
-    """Which of the choices is right."""
+    """Index of the right choice."""
     answers: tuple[str, ...] = ()
-    """Right answers of a generation task, the one that few-shot examples show first."""
+    """Right answers of a generation task; few-shot examples show the first."""
     subset: str = ""
-    """The part of the data it comes from, where figures are told apart by it."""
+    """The part of the data that the example is from, if figures are reported per part."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A value of a parsed file and the way to it, so that what is missing can be named."""
+    """A value of a parsed file with its path in the file, for error messages."""
 
     value: Any
     where: str
@@ -68,7 +68,7 @@ class Place:
         return ((key, Place(value, f"{self.where}, {key}")) for key, value in self.value.items())
 
     def text(self) -> str:
-        """A text; a whole number counts as one, for labels are written both ways."""
+        """The value as text; a whole number is accepted too, because labels are written both ways."""
         if isinstance(self.value, bool) or not isinstance(self.value, (str, int)):
             raise InputError(f"{self.where}: a text expected, {_kind(self.value)} found. {_CHECK}")
         text = str(self.value)
@@ -77,13 +77,13 @@ class Place:
         return text
 
     def index(self, length: int) -> int:
-        """A whole number from 0 that lies below `length`."""
+        """The value as a whole number from 0 to `length` - 1."""
         if isinstance(self.value, bool) or not isinstance(self.value, int) or not 0 <= self.value < length:
             raise InputError(f"{self.where}: a number of 0 to {length - 1} expected, {str(self.value)[:40]!r} found. {_CHECK}")
         return self.value
 
     def refuse(self, expected: str) -> InputError:
-        """The error to raise where a value is not what it must be."""
+        """The InputError for a value that is not what was expected."""
         return InputError(f"{self.where}: {expected} expected, {str(self.value)[:80]!r} found. {_CHECK}")
 
 
@@ -104,7 +104,7 @@ def _kind(value: Any) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file's UTF-8 text, without a byte order mark and with "\\n" line ends. Raises InputError if it is none."""
+    """A file's UTF-8 text, without a byte order mark and with "\\n" line ends. Raises InputError if it is not UTF-8."""
     try:
         with open_file(path) as file:
             return file.read().decode("utf-8-sig").replace("\r\n", "\n")
@@ -120,7 +120,7 @@ def read_json(path: Path) -> Place:
 
 
 def read_json_lines(path: Path) -> Iterator[Place]:
-    """A file with one JSON object a line; blank lines are skipped."""
+    """The objects of a file with one JSON object per line; blank lines are skipped."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield Place(_parse(line, f"{path}:{number}"), f"{path}:{number}")

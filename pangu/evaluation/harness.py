@@ -8,7 +8,7 @@
 Started by torchrun, the model is split over the processes, and each of them must make the same call.
 
 The harness puts `target_delimiter` between question and answer, a space by default, which PanGu-α's tokenizer turns into two tokens: set
-it to "" in Chinese tasks. Context and continuation are encoded apart (pangu.evaluation.scoring says why).
+it to "" in Chinese tasks. Context and continuation are encoded separately (pangu.evaluation.scoring says why).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT_NEW_TOKENS = 256  # what the harness' own models generate where a task s
 
 
 class PanguLM(LM):
-    """Answers the harness' three kinds of requests.
+    """An lm-evaluation-harness model: answers its three kinds of requests.
 
     Args:
         generator: a model and its tokenizer.
@@ -45,16 +45,16 @@ class PanguLM(LM):
 
     @classmethod
     def from_directory(cls, path: Path | str) -> PanguLM:
-        """A model of a directory of weights; see `TextGenerator.from_directory`."""
+        """Load a model from a directory of weights; see `TextGenerator.from_directory`."""
         return cls(TextGenerator.from_directory(path))
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness' caches tell models apart by."""
+        """The name by which the harness' caches distinguish models."""
         return f"pangu-{self.generator.tokenizer.sha256[:12]}"
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): log-likelihood of the continuation in nats, and whether it is what greedy decoding gives."""
+        """For each (context, continuation): log-likelihood of the continuation in nats, and whether greedy decoding would generate it."""
         scores = self.scorer.score([self.scorer.span(*request.args) for request in requests])
         answers = [(score.log_likelihood, score.is_greedy) for score in scores]
         for request, answer in zip(requests, answers, strict=True):
@@ -62,7 +62,7 @@ class PanguLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """For each (text,): log-likelihood of the whole text as a document of its own, in nats, however long it is."""
+        """For each (text,): log-likelihood of the whole text as a document of its own, in nats, for any length."""
         scores = self.scorer.score([self.scorer.span("", request.args[0]) for request in requests])
         answers = [score.log_likelihood for score in scores]
         for request, answer in zip(requests, answers, strict=True):
@@ -70,9 +70,9 @@ class PanguLM(LM):
         return answers
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """For each (context, settings): what continues the context, up to the first of the texts in `until` or the end of the document.
+        """For each (context, settings): a continuation of the context, up to the first of the texts in `until` or the end of the document.
 
-        Greedy unless `do_sample`; then `temperature`, `top_k` and `top_p` count. A context that is too long loses its beginning.
+        Greedy unless `do_sample`; then `temperature`, `top_k` and `top_p` are used. The beginning of a context that is too long is dropped.
         """
         alike: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
@@ -110,7 +110,7 @@ class PanguLM(LM):
         ]
 
     def _end(self, text: str, budget: int) -> str:
-        """The text, or as much of its end as `budget` tokens hold."""
+        """The text, or the longest end of it that fits into `budget` tokens."""
         encode = self.generator.tokenizer.encode
         if len(encode(text)) <= budget:
             return text

@@ -1,8 +1,8 @@
-"""How right an answer is, and how sure a mean is.
+"""Metrics of written answers, and confidence intervals.
 
 EM and F1 follow the official script of CMRC 2018 (version 4; github.com/ymcui/cmrc2018, eval/cmrc2018_evaluate.py), which differs from
 SQuAD's: F1 counts the longest common *substring* of segments, not their common bag. Rouge-1 counts characters.
-All scores lie in [0, 1].
+All scores are in [0, 1].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BESIDE_CHINESE = re.compile("(?<=[\u4e00-\u9fff])[,:;?!()]+|[,:;?!()]+(?=[\u4e0
 
 
 def restore_punctuation(text: str) -> str:
-    """Give punctuation beside a Chinese character its full-width form back, which the tokenizer folds into ASCII (，：；？！（）).
+    """Restore the full-width form of punctuation next to a Chinese character, which the tokenizer folds into ASCII (，：；？！（）).
 
     The official definitions drop the full-width form and keep most ASCII: a generated comma would count as a wrong segment.
     """
@@ -39,7 +39,7 @@ def restore_punctuation(text: str) -> str:
 
 
 def segments(text: str) -> list[str]:
-    """What F1 counts: Chinese characters one by one, other stretches cut into words, the listed punctuation dropped; lower case."""
+    """The segments that F1 counts: single Chinese characters, words of other text, without the listed punctuation; lower case."""
     found: list[str] = []
     latin = ""
     for char in text.lower().strip():
@@ -59,7 +59,7 @@ def _latin_words(text: str) -> list[str]:
 
 
 def exact_match(answers: Sequence[str], prediction: str) -> float:
-    """1 if the prediction is one of the answers, but for case, outer space and the listed punctuation."""
+    """1 if the prediction is one of the answers, ignoring case, outer space and the listed punctuation, else 0."""
 
     def plain(text: str) -> str:
         return "".join(char for char in text.lower().strip() if char not in PUNCTUATION)
@@ -76,7 +76,7 @@ def f1(answers: Sequence[str], prediction: str) -> float:
 
 
 def rouge_1(answers: Sequence[str], prediction: str) -> float:
-    """Harmonic mean of the common characters' share in the prediction and in the answer, white space left out; the best of all answers."""
+    """Harmonic mean of the common characters' share in the prediction and in the answer, ignoring white space; the best of all answers."""
     predicted = Counter("".join(prediction.lower().split()))
     best = 0.0
     for answer in answers:
@@ -100,7 +100,7 @@ def _longest_common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def wilson(successes: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which is never outside [0, 1] nor empty."""
+    """The 95 % confidence interval of a proportion (Wilson 1927), which is never empty and never outside [0, 1]."""
     if total == 0:
         return 0.0, 1.0
     share, spread = successes / total, z * z / total
@@ -111,13 +111,13 @@ def wilson(successes: float, total: int, z: float = 1.959964) -> tuple[float, fl
 def bootstrap(
     samples: Sequence[Sequence[float]], figure: Callable[[np.ndarray], np.ndarray], seed: int, draws: int = 1000
 ) -> tuple[float, float]:
-    """The 95 % interval of a figure, from `draws` resamples of the examples with replacement (percentiles).
+    """The 95 % bootstrap confidence interval of a figure, from `draws` resamples of the examples with replacement (percentiles).
 
     Args:
-        samples: one row of numbers an example.
-        figure: of the columns' means [draws, columns] -> [draws].
+        samples: one row of numbers per example.
+        figure: function of the columns' means: [draws, columns] -> [draws].
         seed: the same seed gives the same interval.
-        draws: how many resamples.
+        draws: number of resamples.
     """
     rows = np.asarray(samples, dtype=np.float64)
     rng = np.random.default_rng(seed)

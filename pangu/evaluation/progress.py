@@ -1,4 +1,4 @@
-"""How far an evaluation is, on standard error."""
+"""Displays the progress of an evaluation on standard error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar that the yielded function moves on; nothing is printed where it is not `shown` or no terminal."""
+    """A progress bar that the yielded function advances; nothing is printed unless `shown` and on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:

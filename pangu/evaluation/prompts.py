@@ -1,4 +1,4 @@
-"""Examples as texts for the model: the templates filled in, few-shot examples in front, all of it cut to fit the model's window.
+"""Turns examples into texts for the model: fills in templates, prepends few-shot examples, and cuts the text to fit the model's window.
 
 Everything that is drawn (which examples are shown, which wrong labels are offered, in which order) is drawn from the seed and the
 example's number in its file alone: it is the same whatever else is evaluated, by how many processes, in which order.
@@ -20,7 +20,7 @@ BETWEEN_EXAMPLES = "\n"
 
 @dataclass(frozen=True)
 class Text:
-    """A text in two parts: what is given, and what is scored (of a generation task: nothing yet)."""
+    """A text in two parts: the context, and the part that is scored (empty for a generation task)."""
 
     context: str
     scored: str = ""
@@ -28,30 +28,30 @@ class Text:
 
 @dataclass(frozen=True)
 class Query:
-    """What the model is asked about one example."""
+    """The texts for one example."""
 
     texts: list[Text]
-    """One a choice; of a generation task the prompt."""
+    """One text per choice; for a generation task only the prompt."""
     example: Example
-    """With the choices that are offered, in their order."""
+    """The example, with the choices that are offered, in their order."""
     shots: int
-    """Few-shot examples in front: as many of those asked for as fit."""
+    """Number of few-shot examples in the text: as many of the requested ones as fit."""
     is_cut: bool
-    """Whether the example itself was too long."""
+    """Whether the example itself was cut because it was too long."""
 
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Makes queries of a task's examples.
+    """Makes queries from a task's examples.
 
     Args:
-        task: its templates.
-        train: what few-shot examples are drawn from.
-        shots: how many.
-        score: what is scored of a choice's text: `suffix` = what follows its context, `full` = all but the few-shot examples.
-        seed: of all draws.
-        count: tokens of a text.
-        budget: tokens that a query may have.
+        task: the task, with its templates.
+        train: examples from which few-shot examples are drawn.
+        shots: number of few-shot examples.
+        score: the part of a choice's text that is scored: `suffix` = what follows its context, `full` = all but the few-shot examples.
+        seed: seed of all random choices.
+        count: returns the number of tokens of a text.
+        budget: largest number of tokens of a query.
     """
 
     task: Task

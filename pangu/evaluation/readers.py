@@ -1,4 +1,4 @@
-"""The official files of the tasks as examples. tasks.yaml says which function reads which task; docs/evaluation.md has the table.
+"""Reads the official files of the tasks as examples. tasks.yaml says which function reads which task; docs/evaluation.md has the table.
 
 Each takes the task and one file, and yields examples in the file's order, or raises InputError naming the place that is wrong.
 """
@@ -18,7 +18,7 @@ BLANK = "XXXXX"
 
 
 def read_examples(task: Task, paths: Sequence[Path]) -> list[Example]:
-    """All examples of some files.
+    """All examples in the given files.
 
     Raises:
         InputError: if a file is not of this task, is damaged, or holds no example.
@@ -27,7 +27,7 @@ def read_examples(task: Task, paths: Sequence[Path]) -> list[Example]:
     for path in paths:
         found = list(READERS[task.reader](task, path))
         if not found:
-            raise InputError(f"{path}: no example of {task.name} is in it. Is it the file of this task, and whole?")
+            raise InputError(f"{path}: holds no example of {task.name}. Is it the file of this task, and whole?")
         examples += found
     return examples
 
@@ -154,7 +154,7 @@ def cmrc2019(task: Task, path: Path) -> Iterator[Example]:
 
 
 def labelled(task: Task, path: Path) -> Iterator[Example]:
-    """The classification tasks of CLUE: one object a line with some texts and a label."""
+    """The classification tasks of CLUE: one object per line with some texts and a label."""
     lines = list(read_json_lines(path))
     words = dict(task.words) or _labels_beside(task, path, lines)
     choices = tuple(Choice(label, word) for label, word in words.items())
@@ -215,9 +215,9 @@ def c3(task: Task, path: Path) -> Iterator[Example]:
 
 
 def wplc(task: Task, path: Path) -> Iterator[Example]:
-    """WPLC: one object a line with `correct_word` and `masked_text`, where a <mask> stands for each of the word's characters.
+    """WPLC: one object per line with `correct_word` and `masked_text`, where a <mask> stands for each of the word's characters.
 
-    What follows the masks is not looked at.
+    What follows the masks is ignored.
     """
     for number, line in enumerate(read_json_lines(path)):
         before, mask, _ = line["masked_text"].text().partition("<mask>")

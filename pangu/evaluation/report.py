@@ -1,4 +1,4 @@
-"""Records to figures: each with its interval, what guessing would get, and the paper's, as JSON and as a Markdown table."""
+"""Turns records into figures, each with its interval, the scores of guessing and the paper's score, as JSON and as a Markdown table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pangu.evaluation.tasks import Task
 
 
 def figures(task: Task, records: Sequence[Record], seed: int, vocab_size: int) -> list[dict[str, Any]]:
-    """The figures of a task: of all examples, and of each subset where there are several.
+    """The figures of a task, for all examples and, if there are several subsets, for each subset.
 
     Each has `metric`, `subset` (empty: all), `value`, `interval` (95 %: Wilson's of a share, else bootstrap with `seed`), `examples`, and
     `random` and `majority`, the values of guessing (None where that has no meaning). Shares lie in [0, 1].

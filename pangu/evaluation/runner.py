@@ -1,7 +1,7 @@
-"""Runs a task: examples in, one record an example out, the same whatever the number of processes.
+"""Runs a task: makes one record per example, the same for any number of processes.
 
-Records go to a JSONL file as they come, under a first line that says what they are records of. A run that was killed goes on after the
-last whole line; a file of another run is refused.
+Records are written to a JSONL file as they are made; its first line describes the run. A run that was killed continues after the
+last complete line; a file of another run is refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pangu.evaluation.examples import Example
 from pangu.files import write_durably
 
 EXAMPLES_A_ROUND = 32
-"""That each copy of the model works on between two writes: what a kill costs at most, and what batches are chosen from."""
+"""Number of examples that each copy of the model processes between two writes; a kill loses at most these, and batches are made of them."""
 
 
 def evaluation_order(count: int, seed: int, limit: int | None) -> list[int]:
-    """Which examples are evaluated, in which order: all shuffled by the seed, the first `limit` of them.
+    """Numbers of the examples to evaluate, in order: all shuffled by the seed, of which the first `limit` are taken.
 
-    So a limited run sees a fair sample, and a longer one with the same seed goes on from it.
+    A limited run thus gets a fair sample, and a longer one with the same seed continues it.
     """
     order = list(range(count))
     random.Random(seed).shuffle(order)
@@ -46,12 +46,12 @@ def run(
 
     Args:
         answer: `Answerer.answer` of this rank.
-        examples: all of the data.
-        order: numbers of examples.
-        groups: a round is cut into one stretch a data-parallel rank; the first rank of all writes.
-        path: the records' file.
-        header: its first line: everything that the records depend on.
-        advance: called with the number of records that were found or made.
+        examples: all examples of the data.
+        order: numbers of the examples to evaluate.
+        groups: this rank's process groups. Each data-parallel rank takes one part of a round; global rank 0 writes.
+        path: the records file.
+        header: first line of the file: everything that the records depend on.
+        advance: called with the number of further records that were found or made.
 
     Returns:
         The records of `order`, on every rank.
@@ -78,7 +78,7 @@ def run(
 
 
 def _resume(path: Path, header: Record, order: Sequence[int]) -> list[Record]:
-    """The records that a killed run has left, the file cut to them; makes the file where there is none."""
+    """The records of a run that was killed; the file is truncated to them, and created if it does not exist."""
     head = json.dumps(header, ensure_ascii=False, sort_keys=True)
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []  # the last is not whole
@@ -108,11 +108,13 @@ def _append(path: Path, records: Sequence[Record]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}). Make room and start again: it goes on where it was.") from None
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}). Free some space and start again: the evaluation continues where it stopped."
+        ) from None
 
 
 def _difference(line: str, header: Record) -> str:
-    """What of a header differs, in words."""
+    """Message about the difference between two headers."""
     try:
         found = json.loads(line)
         key = next(key for key in {**header, **found} if found.get(key) != header.get(key))

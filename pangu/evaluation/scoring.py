@@ -1,13 +1,13 @@
-"""How likely a model finds a text: the one code path behind perplexity choice, cloze and the perplexity of a corpus.
+"""Scores texts by their log-likelihood: the one code path for choices by perplexity, clozes and the perplexity of a corpus.
 
     scorer = Scorer(model, tokenizer)
     [score] = scorer.score([scorer.span("四川的省会是", "成都")])
     score.log_likelihood, score.num_tokens
 
-Where the scored part begins is decided before the text becomes tokens: context and continuation are encoded apart, which puts a word
-boundary between them. Encoding the whole text and counting off the context's tokens would score the wrong ones, for jieba cuts across the
-boundary (中国人|民 is 中国|人民) and the context's tokens are then no prefix of the whole's. Apart is also how a generated text comes
-about, whose prompt is encoded alone.
+Where the scored part begins is decided before tokenization: context and continuation are encoded separately, which puts a word
+boundary between them. Encoding the whole text and counting the context's tokens would score the wrong ones, since jieba segments across the
+boundary (中国人|民 is 中国|人民) and the context's tokens are then not a prefix of the whole text's. Generation, too, encodes the prompt
+alone.
 
 Shapes: B rows, S columns, H hidden, N scored tokens, V vocabulary, T tensor-parallel size.
 """
@@ -27,15 +27,15 @@ from megatron_ext.layers import mask_padded_ids
 from pangu.model.model import PanguModel
 
 BATCH_TOKENS = 8192
-"""Tokens of a batch, padding included, unless a single text is longer. Bounds the memory of activations."""
+"""Largest number of tokens per batch, padding included, unless a single text is longer; it bounds the memory of activations."""
 CPU_BATCH_TOKENS = 2048
-"""On a CPU, which gains nothing from larger batches and whose caches hold the activations of smaller ones."""
+"""The same on a CPU, which gains nothing from larger batches and whose caches hold the activations of smaller ones."""
 CHUNKS = 8
-"""Logits are computed for so many parts of a batch one after the other: 160 MB of them in fp32 with 40,000 ids, 40 MB on a CPU."""
+"""Number of parts of a batch for which logits are computed in turn: 160 MB of them in fp32 with 40,000 ids, 40 MB on a CPU."""
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer."""
+    """The interface of a tokenizer that scoring needs."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -44,11 +44,11 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens, and from where on they are scored."""
+    """Tokens, and the index from which they are scored."""
 
     ids: Sequence[int]
     start: int
-    """Index of the first scored token, 1 or more: each token is scored given all before it, as far as the window reaches."""
+    """Index of the first scored token, 1 or more: each token is scored given all tokens before it, within the window."""
 
     def __post_init__(self) -> None:
         assert 1 <= self.start <= len(self.ids), "a first token is given, never scored"
@@ -56,36 +56,36 @@ class Span:
 
 @dataclass(frozen=True)
 class Score:
-    """What the model gives to the scored tokens of a span."""
+    """The score of a span."""
 
     log_likelihood: float
-    """Sum over the tokens, in nats; 0 for none."""
+    """Log-likelihood in nats, summed over the scored tokens; 0 if there are none."""
     num_tokens: int
     is_greedy: bool
-    """Whether each token is the likeliest at its place."""
+    """Whether each scored token is the most likely one at its position."""
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of a token; infinite where there is none, so that an empty text is never the likeliest."""
+        """Mean negative log-likelihood per token, in nats; infinite if there is none, so that an empty text is never chosen."""
         return -self.log_likelihood / self.num_tokens if self.num_tokens else float("inf")
 
 
 class Window(NamedTuple):
-    """What one pass of the model sees and scores of a span, as indices of its tokens."""
+    """The part of a span that one forward pass reads and scores, as indices of its tokens."""
 
     begin: int
-    """First token seen."""
+    """Index of the first token that is read."""
     first: int
-    """First token scored."""
+    """Index of the first token that is scored."""
     end: int
-    """One past the last token scored. The model sees the tokens before `end - 1`, and that one."""
+    """One past the last token that is scored; the last input of the pass is the token before it, `end - 2`."""
 
 
 def windows(length: int, start: int, max_positions: int) -> Iterator[Window]:
     """Cut a span of `length` tokens, scored from `start`, into passes of at most `max_positions` inputs; each token is scored once.
 
-    A pass scores as much as fits and reaches back as far as it can. After the first, each goes on by half a window, so that every token
-    sees at least that much: disjoint windows would judge their first tokens without context.
+    A pass scores as many tokens as fit and reads as much context as it can. After the first, each advances by half a window, so that every
+    token has at least that much context: disjoint windows would score their first tokens without context.
     """
     stride = max(1, max_positions // 2)
     first = start
@@ -101,8 +101,8 @@ class Scorer:
     Args:
         model: the whole model, or this rank's slice of it, in evaluation mode. The ranks of a tensor-parallel group must be given the same
             spans, and all get the same scores.
-        tokenizer: the model's.
-        batch_tokens: of a batch, padding included, where a single text is not longer; None: what suits the device.
+        tokenizer: the model's tokenizer.
+        batch_tokens: largest number of tokens per batch, padding included, unless a single text is longer; None: a default for the device.
     """
 
     def __init__(self, model: PanguModel, tokenizer: Encoder, batch_tokens: int | None = None) -> None:
@@ -111,7 +111,7 @@ class Scorer:
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if model.ln_f.weight.device.type == "cpu" else BATCH_TOKENS)
 
     def span(self, context: str, continuation: str) -> Span:
-        """The continuation, to be scored given the context. Without context it begins a document, given the separator."""
+        """The span that scores the continuation given the context. Without context it begins a document, given the separator."""
         given = self.tokenizer.encode(context) or [self.model.config.separator_id]
         return Span(given + self.tokenizer.encode(continuation), len(given))
 
@@ -120,11 +120,11 @@ class Scorer:
         """Score each span.
 
         Args:
-            spans: of any length; one longer than the model's window is scored in several (`windows`).
+            spans: spans of any length; one longer than the model's window is scored in several (`windows`).
             advance: called after each batch with the number of tokens it scored.
 
         Returns:
-            One score a span, in order. A span's score does not depend on those beside it, but for rounding.
+            One score per span, in order. A span's score does not depend on the other spans, except for rounding.
         """
         window = self.model.config.max_positions
         passes = [(index, piece) for index, span in enumerate(spans) for piece in windows(len(span.ids), span.start, window)]
@@ -171,7 +171,7 @@ class Scorer:
 
 
 def batches(passes: Sequence[tuple[int, Window]], batch_tokens: int) -> Iterator[Sequence[tuple[int, Window]]]:
-    """Cut passes, longest first, into batches of `batch_tokens` at most, padding included."""
+    """Divide passes, longest first, into batches of at most `batch_tokens` tokens, padding included."""
     begin = 0
     while begin < len(passes):
         _, longest = passes[begin]

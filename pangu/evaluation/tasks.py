@@ -1,4 +1,4 @@
-"""The tasks, as tasks.yaml describes them, and where their files lie."""
+"""The tasks described in tasks.yaml, and how their data files are found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DESCRIPTIONS = Path(__file__).with_name("tasks.yaml")
 
 @dataclass(frozen=True)
 class Task:
-    """One entry of tasks.yaml, which explains the fields."""
+    """One entry of tasks.yaml; the head of that file explains the fields."""
 
     name: str
     kind: Literal["choice", "generate", "perplexity"]
@@ -49,14 +49,14 @@ class Files:
 
     evaluate: list[Path]
     train: list[Path]
-    """Where few-shot examples come from; may be empty."""
+    """Files with the few-shot examples; may be empty."""
 
 
 def find_files(task: Task, data: Path) -> Files:
-    """The files of a task in a directory, by their official names; a file that is named is taken, whatever its name.
+    """Find the files of a task in a directory by their official names; a path to a file is used whatever its name.
 
     Raises:
-        InputError: if none is there.
+        InputError: if there is none.
     """
     if not data.exists():
         raise InputError(f"{data}: not found. Give the directory of the official {task.name} files, or the file itself.")

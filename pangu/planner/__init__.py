@@ -1,1 +1,1 @@
-"""What a layout costs, before anything is started."""
+"""Predicts memory and time of parallel layouts by arithmetic; nothing is started."""

@@ -1,4 +1,4 @@
-"""A cluster as the planner sees it: one kind of device, and the network between devices in levels.
+"""Description of a cluster for the planner: one kind of device, and the network between devices in levels.
 
 Sizes are powers of ten for rates (GB/s, TFLOP/s) and powers of two for memory (GiB).
 """
@@ -19,13 +19,13 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 class Figure(Section):
-    """A number and where it is from."""
+    """A number and its source."""
 
     value: Positive
     mark: Literal["vendor", "measured", "memory"]
-    """`memory`: nobody has looked it up; check before relying on it."""
+    """Origin of the number. `memory`: written from memory, not looked up; check before relying on it."""
     source: str
-    """Data sheet, paper, or the command that measured it."""
+    """Where the number is from: data sheet, paper, or the command that measured it."""
 
 
 class Device(Section):
@@ -33,16 +33,16 @@ class Device(Section):
 
     name: str
     kind: Literal["accelerator", "cpu"] = "accelerator"
-    """What of a step stays in memory differs between the two."""
+    """Kind of device; what a training step keeps in memory differs between the two."""
     memory_gib: Figure
     memory_bandwidth: Figure
-    """GB/s."""
+    """Bandwidth of the device's memory, GB/s."""
     host_bandwidth: Figure
-    """GB/s between the device and host memory, one way, while all devices of a server do: what offloading pays."""
+    """GB/s between the device and host memory, one way, while all devices of a server transfer; used for offloading."""
     host_memory_gib: Figure
-    """A device's share of its server's memory: what offloading may fill."""
+    """A device's share of its server's host memory, GiB, which offloading may use."""
     peak_tflops: Annotated[dict[Literal["fp32", "bf16", "fp16"], Figure], Field(min_length=1)]
-    """Dense matrix products in each precision the device has."""
+    """Peak TFLOP/s of dense matrix products, in each precision that the device has."""
 
 
 class Level(Section):
@@ -51,15 +51,15 @@ class Level(Section):
     name: Literal["group", "server", "rack", "cluster"]
     """`group` and `server` are links inside a server, `rack` and `cluster` the network between servers."""
     devices: Count
-    """How many devices one unit of this level has."""
+    """Number of devices in one unit of this level."""
     bandwidth: Figure
-    """GB/s that each device can send to others of its unit outside its inner unit, one way, while all devices do."""
+    """GB/s that each device can send to others of its unit outside its inner unit, one way, while all devices send."""
     latency_us: Figure
-    """Microseconds of one message."""
+    """Latency of one message, in microseconds."""
 
 
 class Cluster(Section):
-    """What a plan runs on."""
+    """A cluster: its devices and the levels of its network."""
 
     name: str
     device: Device
@@ -81,17 +81,17 @@ class Cluster(Section):
 
     @property
     def num_devices(self) -> int:
-        """Devices of the whole cluster."""
+        """Number of devices of the whole cluster."""
         return self.levels[-1].devices
 
     def with_devices(self, count: int) -> Cluster:
-        """The same kind of cluster with another number of devices: its outermost level grows, or levels that are not filled are cut off.
+        """The same kind of cluster with another number of devices: its outermost level grows, or levels that are not filled are removed.
 
         Raises:
-            InputError: the devices do not fill whole units of the level below.
+            InputError: if the devices do not fill whole units of the level below.
         """
         if count < 1:
-            raise InputError(f"{count} devices: 1 or more are expected.")
+            raise InputError(f"{count} devices: expected 1 or more.")
         kept = [level for level in self.levels[:-1] if level.devices < count]
         if kept and count % kept[-1].devices:
             below = count // kept[-1].devices * kept[-1].devices
@@ -107,6 +107,6 @@ def load_cluster(path: Path | str) -> Cluster:
     """Read a cluster file, such as those in ds_configs/clusters.
 
     Raises:
-        InputError: one line naming the file, the key, what was found and what is expected.
+        InputError: names the file, the key, what was found and what is expected.
     """
     return read_model(find_cluster(path), Cluster)

@@ -1,6 +1,6 @@
-"""How much device memory a rank needs: model states as DeepSpeed keeps them (pangu.planner.states), and activations.
+"""Device memory that a rank needs: model states as DeepSpeed keeps them (pangu.planner.states), and activations.
 
-What a layer keeps is counted from our own layers and checked against what torch really holds (tests/pangu/planner/test_real_memory.py).
+What a layer keeps is counted from our own layers and checked against what torch actually holds (tests/pangu/planner/test_real_memory.py).
 With the constants of `MEGATRON` it is the formula of Korthikanti et al. (arXiv 2205.05198, sections 4 and 5).
 
 Shapes: B micro-batch, S sequence, H hidden size, F MLP width, A heads, T tensor-parallel size.
@@ -19,33 +19,34 @@ from pangu.planner.states import BYTES, FP32_BYTES, ModelStates, model_state_byt
 GIB = 2**30
 
 CHUNK_LOGITS = 2**24
-"""Logits of a rank that the loss computes at once (megatron_ext.cross_entropy, which this module does not import: it needs no torch)."""
+"""Number of logits that a rank computes at once (megatron_ext.cross_entropy, which is not imported, because it needs torch)."""
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What is kept where implementations differ, and what is left free."""
+    """What implementations keep in memory differently, and what must be left free."""
 
     mask_bytes: int = 1
-    """Bytes of an element's dropout mask; 0: an element of the activations' own type, as torch keeps on CPU."""
+    """Bytes per element of a dropout mask; 0: as many as the activations' dtype, as torch keeps on CPU."""
     fused_dropout: bool = True
-    """Fused attention can drop weights. Where it cannot, torch falls back to one that keeps S x S matrices."""
+    """Whether fused attention supports dropout. Otherwise torch falls back to an implementation that keeps S x S matrices."""
     softmax_in_fp32: bool = True
-    """Eager attention keeps its probabilities in fp32."""
+    """Whether eager attention keeps its probabilities in fp32."""
     keeps_gathered: bool = True
-    """Under sequence parallelism the gathered input of the column-parallel layers is kept whole; or else it is gathered again."""
+    """Whether, under sequence parallelism, the gathered input of column-parallel layers is kept whole; otherwise it is gathered again."""
     keeps_small: bool = True
-    """Count what is small beside a hidden state: statistics of LayerNorm and attention, attention masks, token ids."""
+    """Whether to count what is small beside a hidden state: statistics of LayerNorm and attention, attention masks, token ids."""
     chunked_loss: bool = True
-    """The loss goes through the tokens in chunks; or else the logits of a whole micro-batch are there at once."""
+    """Whether the loss processes the tokens in chunks; otherwise the logits of a whole micro-batch are in memory at once."""
     pipeline_copies: bool = True
-    """DeepSpeed's pipeline keeps what a stage was sent and what it sends, besides what autograd keeps, until the backward pass."""
+    """Whether the pipeline keeps what a stage receives and sends until the backward pass, as DeepSpeed does, besides what autograd
+    keeps."""
     update_copies: bool = True
-    """DeepSpeed updates with fp32 copies of the gradients, made in the optimizer step."""
+    """Whether the optimizer step makes fp32 copies of the gradients, as DeepSpeed's does."""
     reserve_fraction: float = 0.1
-    """Share of what is needed that is lost to the allocator's fragments, and to temporaries of single kernels."""
+    """Reserve for the allocator's fragmentation and temporaries of single kernels, as a fraction of the memory that is needed."""
     reserve_bytes: int = 3 * GIB // 2
-    """The device's context and the communication library."""
+    """Reserve in bytes for the device's context and the communication library."""
 
 
 ACCELERATOR = Platform()
@@ -62,22 +63,22 @@ class MemoryEstimate:
 
     states: ModelStates
     activations: int
-    """Kept for the backward pass by every micro-batch in flight, and what its neighbours in the pipeline are sent and send."""
+    """Bytes kept for the backward pass by all micro-batches in flight, with the exchanged hidden states of the pipeline."""
     recomputed: int
-    """What one layer holds besides while it is computed again."""
+    """Bytes that one layer holds in addition while it is recomputed."""
     logits: int
-    """Last stage only: a chunk's logits with what is made of them, and the gradients that wait for the backward pass."""
+    """Last stage only: bytes of a chunk's logits and their temporaries, and of the gradients kept for the backward pass."""
     reserve: int
-    """To be left free."""
+    """Bytes to be left free."""
 
     @property
     def peak(self) -> int:
-        """Tensors on the device at most: either in the backward pass or in the optimizer step."""
+        """Largest sum of tensors on the device, in bytes: either in the backward pass or in the optimizer step."""
         return self.states.resident + max(self.activations + max(self.recomputed, self.logits), self.states.step)
 
     @property
     def total(self) -> int:
-        """Memory that the device must have."""
+        """Memory in bytes that the device must have: the peak and the reserve."""
         return self.peak + self.reserve
 
 
@@ -110,7 +111,7 @@ def estimate_memory(workload: Workload, plan: Plan, stage: int, platform: Platfo
 
 
 def micro_batch_parts_in_flight(plan: Plan, stage: int, micro_batches: int) -> int:
-    """How many forward passes of its model parts a stage is ahead of its backward passes at most.
+    """The largest number of forward passes of its model chunks that a stage is ahead of its backward passes.
 
     1F1B: as many as there are stages from it to the end. Interleaved: see arXiv 2104.04473, section 2.2; of the first stage's layers it is
     1 + (p - 1) / (p v) times what 1F1B holds.
@@ -123,7 +124,7 @@ def micro_batch_parts_in_flight(plan: Plan, stage: int, micro_batches: int) -> i
 
 @lru_cache(maxsize=4096)
 def _score_bytes(workload: Workload, micro_batch: int, tensor: int, platform: Platform) -> int:
-    """What attention keeps besides queries, keys, values and its output."""
+    """Bytes that attention keeps besides queries, keys, values and its output."""
     model, length = workload.model, workload.sequence_length
     element = BYTES[workload.precision]
     mask_bytes = platform.mask_bytes or element
@@ -156,10 +157,10 @@ def layer_activation_bytes(workload: Workload, plan: Plan, platform: Platform, r
     Sequence parallelism divides 6 of the 10 by T, and the other 4 too where gathered inputs are not kept.
 
     Args:
-        workload: what is trained.
-        plan: how it is split.
-        platform: what is kept.
-        recompute: instead of the plan's.
+        workload: the training workload.
+        plan: the layout.
+        platform: what the implementation keeps.
+        recompute: mode of recomputation; None: the plan's.
     """
     model, recompute = workload.model, recompute or plan.recompute
     tensor, element = plan.layout.tensor, BYTES[workload.precision]
@@ -184,7 +185,7 @@ def layer_activation_bytes(workload: Workload, plan: Plan, platform: Platform, r
 
 
 def end_activation_bytes(workload: Workload, plan: Plan, platform: Platform, *, first: bool, last: bool) -> int:
-    """Bytes that one micro-batch keeps outside the layers of a stage."""
+    """Bytes that one micro-batch keeps outside the transformer layers of a stage."""
     model, tensor, element = workload.model, plan.layout.tensor, BYTES[workload.precision]
     tokens = plan.micro_batch_size * workload.sequence_length
     own = tokens // tensor if plan.sequence_parallel else tokens
@@ -205,7 +206,7 @@ def end_activation_bytes(workload: Workload, plan: Plan, platform: Platform, *, 
 
 
 def exchanged_bytes(workload: Workload, plan: Plan, in_flight: int, *, first: bool, last: bool) -> int:
-    """Bytes of what DeepSpeed's pipeline engine keeps of the hidden states that a stage exchanges with its neighbours."""
+    """Bytes of the hidden states exchanged with neighbouring stages that DeepSpeed's pipeline engine keeps."""
     tokens = plan.micro_batch_size * workload.sequence_length
     whole = BYTES[workload.precision] * tokens * workload.model.hidden_size
     sent = whole // plan.layout.tensor  # it cuts what every tensor rank has; under sequence parallelism it is cut already
@@ -224,7 +225,7 @@ def exchanged_bytes(workload: Workload, plan: Plan, in_flight: int, *, first: bo
 
 
 def logits_bytes(workload: Workload, plan: Plan, platform: Platform) -> int:
-    """Logits of a chunk of tokens with what is made of them, and the gradient of the output layer, which is computed with the loss.
+    """Bytes of a chunk's logits and their temporaries, and of the output layer's gradient, which is computed with the loss.
 
     Where the loss is not chunked: all logits, their fp32 probabilities and the gradient of the loss.
     """

@@ -1,8 +1,9 @@
-"""How long ranks talk: collectives over the levels of a cluster that their group really spans.
+"""Time of communication: collectives over the levels of a cluster that a group actually spans.
 
 A group is `size` ranks, `stride` apart. Where several of them share a unit of a level, a collective is hierarchical: it reduces among
-them first, and each goes on with its part. So every device uses its own share of the uplink, and all groups of a layout talk at once;
-the bandwidths of a cluster file are those a device has while all others send too. Ring algorithms: a step sends one part to the neighbour.
+them first, and each continues with its part. So every device uses its own share of the uplink, and all groups of a layout communicate at
+once; the bandwidths of a cluster file are those a device has while all others send too. Ring algorithms: a step sends one part to the
+neighbour.
 
     reduce-scatter or all-gather of S bytes over n ranks: (n - 1) / n S / bandwidth + (n - 1) latency; an all-reduce is both.
 """
@@ -20,11 +21,11 @@ class Hop(NamedTuple):
 
     level: Level
     ranks: int
-    """How many talk; each stands for the ranks it has gathered inside."""
+    """Number of participants; each stands for the ranks below it that it has reduced or gathered."""
 
 
 class Network:
-    """Times in seconds; sizes in bytes. What it has computed, it remembers."""
+    """Times of collectives in seconds, for sizes in bytes. Results are cached."""
 
     def __init__(self, cluster: Cluster, profile: Profile) -> None:
         self.levels = cluster.levels
@@ -55,7 +56,7 @@ class Network:
         return hops
 
     def rate(self, level: Level, ranks: int) -> tuple[float, float]:
-        """Bytes a second that each rank sends, and seconds of one step."""
+        """Bytes per second that each rank sends, and the latency of one step in seconds."""
         key = (level.name, ranks)
         if key not in self._rates:
             if measured := self.profile.link(level.name, ranks):
@@ -67,7 +68,7 @@ class Network:
         return self._rates[key]
 
     def gather(self, bytes_: float, size: int, stride: int) -> float:
-        """All-gather that leaves `bytes_` on each rank, or reduce-scatter of as many."""
+        """Seconds of an all-gather that leaves `bytes_` on each rank, or of a reduce-scatter of `bytes_`."""
         seconds = 0.0
         for level, ranks in self.hops(size, stride):
             bandwidth, latency = self.rate(level, ranks)
@@ -76,16 +77,16 @@ class Network:
         return seconds
 
     def all_reduce(self, bytes_: float, size: int, stride: int) -> float:
-        """Sum of `bytes_` on each rank."""
+        """Seconds of an all-reduce of `bytes_` on each rank."""
         return 2 * self.gather(bytes_, size, stride)
 
     def flat_gather(self, bytes_: float, size: int, stride: int) -> float:
-        """All-gather around one ring through all ranks, at the speed of its slowest link: what many small gathers reach."""
+        """Seconds of an all-gather around one ring through all ranks, at the speed of its slowest link, as many small gathers run."""
         rates = [self.rate(*hop) for hop in self.hops(size, stride)]
         return max(((size - 1) * (bytes_ / size / bandwidth + latency) for bandwidth, latency in rates), default=0.0)
 
     def send(self, bytes_: float, size: int, stride: int) -> float:
-        """From one rank of a group to the next, over the outermost level between any two neighbours."""
+        """Seconds to send `bytes_` from one rank of a group to the next, over the outermost level between any two neighbours."""
         hops = self.hops(size, stride)
         if not hops:
             return 0.0

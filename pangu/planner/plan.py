@@ -1,4 +1,4 @@
-"""What is to be trained, and one way to lay it over devices: what the memory model, the time model and the search speak about."""
+"""The training workload and a plan, one layout of it, on which the memory model, the time model and the search operate."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Workload:
-    """What every plan has to train."""
+    """The training workload, which is the same for every plan."""
 
     model: ModelConfig
     sequence_length: int
-    """Tokens a sample."""
+    """Tokens per sample."""
     global_batch_size: int
-    """Samples an optimizer step sees."""
+    """Samples per optimizer step."""
     precision: str
-    """`fp32`, `bf16` or `fp16`."""
+    """Training precision: `fp32`, `bf16` or `fp16`."""
     eod_reset: bool = True
-    """Documents that share a sample do not see each other: attention is given a mask."""
+    """Whether attention is limited to documents, and therefore given a mask."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is split."""
+    """One way to distribute the workload over devices."""
 
     layout: Topology
     micro_batch_size: int
-    """Samples a rank computes at once."""
+    """Samples that a rank computes at once."""
     stage_layers: tuple[int, ...]
     """Transformer layers of each pipeline stage, the query layer included. The first stage holds the embeddings too, the last the final
     LayerNorm, the query layer and the logits."""
@@ -43,27 +43,28 @@ class Plan:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     interleave: int = 1
-    """Model parts a stage holds in turn (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule; measured runs of others do."""
+    """Number of model chunks per stage in an interleaved schedule (arXiv 2104.04473, section 2.2). DeepSpeed has no such schedule; measured
+    runs of others do."""
     bucket_elements: int = 0
-    """Elements of the buffers in which DeepSpeed reduces gradients (`bucket_elements`)."""
+    """Number of elements of the buffers in which DeepSpeed reduces gradients (see the function `bucket_elements`)."""
 
     def micro_batches(self, workload: Workload) -> int:
-        """Micro-batches a pipeline computes for one optimizer step."""
+        """Number of micro-batches that a pipeline computes per optimizer step."""
         return workload.global_batch_size // (self.layout.data * self.micro_batch_size)
 
 
 def workload_of(config: Config) -> Workload:
-    """What a configuration trains, whatever its layout."""
+    """The workload of a configuration, independent of its layout."""
     train = config.train
     return Workload(config.model, train.sequence_length, train.global_batch_size, train.precision, config.data.eod_reset)
 
 
 def plan_of(config: Config, layout: RunLayout) -> tuple[Workload, Plan]:
-    """What a configuration trains, and how.
+    """The workload and the plan of a configuration.
 
     Args:
-        config: of the run.
-        layout: of its processes (pangu.config.layout.resolve).
+        config: the run's configuration.
+        layout: the layout of its processes (pangu.config.layout.resolve).
     """
     parallel, zero = config.parallel, layout.deepspeed["zero_optimization"]
 
@@ -85,11 +86,11 @@ def plan_of(config: Config, layout: RunLayout) -> tuple[Workload, Plan]:
 
 
 def bucket_elements(zero: dict[str, Any], model: ModelConfig, pipeline: int) -> int:
-    """Elements of the buffers in which DeepSpeed reduces gradients: two, where one is filled while the other travels.
+    """Number of elements of the buffers in which DeepSpeed reduces gradients: two buffers if one is filled while the other is reduced.
 
     Args:
         zero: the section `zero_optimization` of a DeepSpeed JSON.
-        model: whose gradients they are.
+        model: the model's configuration.
         pipeline: number of stages; with several DeepSpeed does not reduce before the last micro-batch.
     """
     size = zero.get("reduce_bucket_size", default_bucket_size(model))

@@ -1,6 +1,6 @@
-"""Choose a layout: which fits, how long a step takes, and why.
+"""Choose a layout: which layouts fit, how long a step takes, and why.
 
-Looks at every combination of tensor, pipeline and data parallelism, ZeRO stage, sequence parallelism, recomputation, micro-batch size, cut
+It tries every combination of tensor, pipeline and data parallelism, ZeRO stage, sequence parallelism, recomputation, micro-batch size, cut
 into stages and placement of the axes, and prints the fastest that fit. Keys of the recipe may be changed as for pangu.train, such as
 `train.sequence_length=512`.
 """
@@ -31,31 +31,31 @@ from pangu.planner.search import KEYS, Candidate, Outcome, Search, server_device
 from pangu.planner.tables import as_json, comparison_table, draw, in_words, left_out_table, plan_tables
 
 PRECISIONS = ("bf16", "fp16", "fp32")
-"""The first that a device has is taken where the recipe's is none of its."""
+"""Precisions in order of preference: the first that the device has is used if it does not have the recipe's."""
 
 EXAMPLE = Plan(Topology(tensor=8, pipeline=2, data=1), micro_batch_size=1, stage_layers=(2, 2))
-"""Its values have the types that are expected."""
+"""A plan whose values have the types that --explain expects."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the search."""
+    """Add the options of the search."""
     add_model_arguments(parser)
     parser.add_argument(
         "--cluster", required=True, type=Path, metavar="YAML", help="a file, or a name such as a100_80 (ds_configs/clusters)"
     )
-    parser.add_argument("--devices", type=int, metavar="N", help="instead of the cluster's number")
-    parser.add_argument("--profile", type=Path, metavar="YAML", help="what `calibrate` measured, or `validate` fitted")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="plans to show (default: %(default)s)")
-    parser.add_argument("--explain", nargs="+", metavar="KEY=VALUE", help="why not a plan with these values")
-    parser.add_argument("--write", type=Path, metavar="YAML", help="make the best plan (with --explain: the best of those) a recipe")
+    parser.add_argument("--devices", type=int, metavar="N", help="number of devices (default: all of the cluster)")
+    parser.add_argument("--profile", type=Path, metavar="YAML", help="profile that `calibrate` measured or `validate` fitted")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="number of plans to show (default: %(default)s)")
+    parser.add_argument("--explain", nargs="+", metavar="KEY=VALUE", help="explain why a plan with these values was not chosen")
+    parser.add_argument("--write", type=Path, metavar="YAML", help="write the best plan (with --explain: the best of those) as a recipe")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw all plans; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say what is trained."""
+    """Add the options that select the model and the recipe."""
     parser.add_argument("--model", required=True, metavar="SIZE|YAML", help=f"{', '.join(MODEL_PRESETS)}, or a recipe of pangu.train")
-    parser.add_argument("--global-batch-size", type=int, metavar="N", help="samples a step; default: the recipe's")
+    parser.add_argument("--global-batch-size", type=int, metavar="N", help="samples per step (default: the recipe's)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
 
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Search and print.
 
     Raises:
-        InputError: an option or a file is refused, or no plan fits.
+        InputError: if an option or a file is refused, or no plan fits.
     """
     if arguments.top < 1:
         raise InputError(f"--top {arguments.top}: expected 1 or more.")
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def open_search(arguments: argparse.Namespace, devices: int | None) -> tuple[Path, list[str], Search, Profile]:
-    """What the options name: the recipe and the changes to it, the search for its plans, and the profile that it goes by."""
+    """Build from the options: the recipe with its overrides, the search for its plans, and the profile."""
     cluster = load_cluster(arguments.cluster)
     if devices is not None:
         cluster = cluster.with_devices(devices)
@@ -141,7 +141,7 @@ def _base_recipe(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Path,
 
 
 def _wanted(words: list[str]) -> dict[str, Any]:
-    """The values of --explain by key."""
+    """Parse the values of --explain, by key."""
     wanted: dict[str, Any] = {}
     for word in words:
         key, _, text = word.partition("=")
@@ -155,7 +155,7 @@ def _wanted(words: list[str]) -> dict[str, Any]:
 
 
 def _verdict(search: Search, best: Candidate, chosen: Candidate, values: dict[str, Any], path: Path) -> str:
-    """What speaks against a plan."""
+    """The reasons against a plan."""
     problems = []
     if search.share(chosen.memory) > 1.0:
         problems.append(f"does not fit: stage {chosen.stage} {search.need(chosen.memory)}")
@@ -171,7 +171,7 @@ def _verdict(search: Search, best: Candidate, chosen: Candidate, values: dict[st
 
 
 def _nowhere(search: Search, profile: Profile, outcome: Outcome) -> str:
-    """Why there is no plan and what would help, in one line."""
+    """One line about why there is no plan and what would help."""
     device, workload = search.cluster.device.name, search.workload
     number = smallest_cluster(search, profile)
     return (
@@ -188,7 +188,7 @@ def _nowhere(search: Search, profile: Profile, outcome: Outcome) -> str:
 
 
 def _print(facts: dict[str, Any], outcome: Outcome, top: int) -> None:
-    """Everything for people."""
+    """Print the result as readable tables."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"{facts['model']}: {facts['parameters']:,} parameters on {facts['devices']:,} devices of {facts['cluster']}, "
@@ -207,12 +207,12 @@ def _print(facts: dict[str, Any], outcome: Outcome, top: int) -> None:
 
 
 def _remarks(facts: dict[str, Any], cluster: Cluster, chosen: Candidate) -> list[str]:
-    """What the recipe says of itself."""
+    """Comment lines at the head of the written recipe."""
     server = min(server_devices(cluster), cluster.num_devices)
     return [
         f"{facts['model']} on {facts['devices']} devices of {facts['cluster']}, made by tools/plan_parallel.py:",
         in_words(chosen.plan),
-        f"predicted: {chosen.time.total:.3g} s a step, {chosen.memory.total / GIB:.1f} GiB a device",
+        f"predicted: {chosen.time.total:.3g} s per step, {chosen.memory.total / GIB:.1f} GiB a device",
         "",
         f"  torchrun --nnodes {cluster.num_devices // server} --nproc-per-node {server} ... -m pangu.train --config FILE",
     ]

@@ -1,7 +1,7 @@
-"""The constants of the time model that no data sheet gives: how much of a device's rates a software stack reaches.
+"""The constants of the time model that are not in data sheets: what fraction of a device's rates a software stack reaches.
 
 The defaults are those that `plan_parallel.py validate` fits to published runs on A100 (docs/planner.md). A profile that was measured on the
-machine at hand (tables of matrix products and of collectives) takes their place where it has something to say.
+machine at hand (tables of matrix products and of collectives) replaces them where it has measurements.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class MeasuredMatmul(Section):
 
 
 class MeasuredLink(Section):
-    """All-reduces of several sizes over `ranks` ranks that lie in one unit of a level, timed, and a line laid through the times."""
+    """Timed all-reduces of several sizes over `ranks` ranks in one unit of a level, and a line fitted to the times."""
 
     level: Literal["group", "server", "rack", "cluster"]
     ranks: Count
     bandwidth: Positive
-    """GB/s that each rank sends while the ring turns."""
+    """GB/s that each rank sends during the ring."""
     latency_us: Positive
     """Microseconds of one step of the ring."""
 
@@ -47,25 +47,25 @@ Kind = Literal["zero0", "zero1", "zero2", "zero3", "pipeline"]
 
 
 class MeasuredEngine(Section):
-    """What training a tiny model took beyond what it computes and sends: the work of DeepSpeed and of Python."""
+    """Overhead of DeepSpeed and Python: the time of training a tiny model beyond its computation and communication."""
 
     kind: Kind
-    """The engine without stages, by its ZeRO stage; or the one with stages."""
+    """Kind of engine: the plain engine by its ZeRO stage, or the pipeline engine."""
     ranks: Count
-    """Processes that trained. ZeRO-2 and 3 mostly wait for messages, whose number grows with the data-parallel size."""
+    """Number of processes. ZeRO-2 and 3 mostly wait for messages, whose number grows with the data-parallel size."""
     step_us: NotNegative
-    """Microseconds of a step: for each layer of a rank; of the pipeline for each stage."""
+    """Microseconds per step and layer of a rank; for the pipeline engine per step and stage."""
     micro_batch_us: NotNegative
-    """Microseconds of a micro-batch: for each layer of a rank; in a pipeline in each stage."""
+    """Microseconds per micro-batch and layer of a rank; for the pipeline engine per micro-batch and stage."""
 
 
 class Profile(Section):
-    """What a software stack makes of the figures of a cluster."""
+    """The fractions of a cluster's figures that a software stack reaches."""
 
     matmul_efficiency: Share = 0.88
-    """Share of the peak that is reached by a matrix product with endless sides."""
+    """Fraction of the peak that an infinitely large matrix product reaches."""
     matmul_saturation: Positive = 2.2
-    """Sides N and K of this many times (peak / memory bandwidth) FLOP/byte each add a product's time once more."""
+    """A side N or K of this many times (peak / memory bandwidth) FLOP/byte doubles a product's time per operation."""
     token_saturation: Positive = 3.6
     """The same for M, the tokens of a micro-batch."""
     memory_efficiency: Share = 0.73
@@ -75,24 +75,24 @@ class Profile(Section):
     network_efficiency: Share = 0.53
     """Share of the network between servers that is reached by collectives."""
     unaligned: Annotated[float, Field(ge=1.0)] = 5.2
-    """How many times longer a product takes whose inner sides are no multiples of 8 elements: matrix units need 16 bytes."""
+    """Factor on the time of a product whose inner sides are not multiples of 8 elements: matrix units need 16 bytes."""
     overhead_us: NotNegative = 5.0
-    """Microseconds to start one operator."""
+    """Microseconds to launch one operator."""
     overlap: Annotated[float, Field(ge=1.0)] = 3.0
     """How well ZeRO-3 traffic hides under the computation: exponent k of (traffic^k + computation^k)^(1/k), 1 = not at all."""
     sharing: Annotated[float, Field(ge=1.0)] = 1.0
-    """How many times as fast a rank is while the others wait: processes that share cores get those of the waiting ones."""
+    """Factor by which a rank is faster while the others wait: processes that share cores get those of the waiting ones."""
     sequence_sums: Annotated[int, Field(ge=0)] = 0
-    """Small all-reduces that each layer adds to a backward pass under sequence parallelism. Megatron does them once a step, together."""
+    """Small all-reduces that each layer adds to a backward pass under sequence parallelism. Megatron does them together, once per step."""
     matmuls: tuple[MeasuredMatmul, ...] = ()
     links: tuple[MeasuredLink, ...] = ()
     engines: tuple[MeasuredEngine, ...] = ()
 
     def correction(self, m: float, n: float, k: float, formula: list[float]) -> float:
-        """What to multiply the formula's time of a product by: mean over the measured ones, weighted by 1 / distance^2 of the logarithms.
+        """Factor on the formula's time of a product: mean over the measured products, weighted by 1 / distance^2 of the logarithms.
 
         Args:
-            m, n, k: sides of the product.
+            m, n, k: sides of the product: M x K times K x N.
             formula: TFLOP/s that the formula gives for each measured product.
         """
         weights = total = 0.0
@@ -114,24 +114,24 @@ class Profile(Section):
         return next((engine for engine in self.engines if engine.kind == kind), None)
 
     def to_yaml(self) -> str:
-        """A profile file; `load_profile` reads it back equal."""
+        """The profile as YAML; `load_profile` reads it back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def load_profile(path: Path | str) -> Profile:
-    """Read a profile file; what it leaves out has its default.
+    """Read a profile file; missing keys have their defaults.
 
     Raises:
-        InputError: one line naming the file, the key, what was found and what is expected.
+        InputError: names the file, the key, what was found and what is expected.
     """
     return read_model(path, Profile)
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Write a profile file; it appears whole or not at all.
+    """Write a profile file; it appears complete or not at all.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: if it cannot be written.
     """
     try:
         write_durably(path, profile.to_yaml())

@@ -1,4 +1,4 @@
-"""A plan as a recipe that `pangu.train` runs unchanged."""
+"""Writes a plan as a recipe that `pangu.train` runs unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pangu.planner.plan import Plan, Workload
 
 
 def deepspeed_json(zero_stage: int, offload: bool) -> Path:
-    """The DeepSpeed configuration that a plan runs with."""
+    """Path of the DeepSpeed JSON for a plan."""
     return RECIPES / f"zero{zero_stage}{'-offload' if offload else ''}.json"
 
 
@@ -27,10 +27,10 @@ def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, pla
     """The sections of a recipe with a plan's layout.
 
     Args:
-        path: where it will be: `deepspeed` is relative to that.
-        base: the recipe that gives all that is not layout: model, data, optimizer, schedule.
-        overrides: `section.key=value` for it, as `pangu.train` takes them.
-        workload: batch and precision.
+        path: path of the new recipe, to which `deepspeed` is relative.
+        base: the recipe with everything except the layout: model, data, optimizer, schedule.
+        overrides: `section.key=value` overrides of the base recipe.
+        workload: batch size and precision.
         plan: the layout.
     """
     values = read_yaml(base)
@@ -56,10 +56,10 @@ def recipe(path: Path, base: Path, overrides: list[str], workload: Workload, pla
 
 
 def write_recipe(path: Path, values: dict[str, Any], remarks: list[str], world_size: int) -> None:
-    """Write the sections of a recipe below remarks; the file appears whole or not at all.
+    """Write the sections of a recipe below comment lines; the file appears complete or not at all.
 
     Raises:
-        InputError: if `pangu.train` would refuse the recipe on so many processes, or the file cannot be written.
+        InputError: if `pangu.train` would refuse the recipe on `world_size` processes, or the file cannot be written.
     """
     resolve(parse_config(values, path), world_size)
     comment = "".join(f"# {remark}".rstrip() + "\n" for remark in remarks)

@@ -1,7 +1,7 @@
-"""Training runs that others have published, one a row of a CSV file: what they trained, on what, in which layout, and how long a step took.
+"""Published training runs, one per row of a CSV file: what they trained, on what, in which layout, and how long a step took.
 
 Columns (more may be there): id, family, source, layers, hidden, heads, ffn, vocab, seq, global_batch, micro_batch, tp, pp, interleave, dp,
-zero, recompute, seqpar, precision, hardware, n_devices, iter_s, mem_gb. A cell may be empty where its publication says nothing.
+zero, recompute, seqpar, precision, hardware, n_devices, iter_s, mem_gb. A cell is empty if the publication does not state it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ CLUSTERS = {
     "Ascend910": "ascend910_2048",
     "Ascend910B": "ascend910b",
 }
-"""File of ds_configs/clusters for each beginning of the column `hardware`; the longest that fits counts."""
+"""Cluster file in ds_configs/clusters by prefix of the column `hardware`; the longest matching prefix is used."""
 STACKS = {"Megatron-DeepSpeed": ("BLOOM", "MT-NLG", "GLM", "DeepSpeed"), "Megatron-LM": ("Megatron", "Korthikanti")}
-"""Software, by words in the name of a family."""
+"""Software stack by words in the name of a family."""
 BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default for the buffer in which it reduces gradients; no row says another."""
+"""DeepSpeed's default number of elements of the buffer in which it reduces gradients; no row states another."""
 MICRO_BATCHES = (1, 2, 4, 8)
-"""Tried where a row does not say."""
+"""Micro-batch sizes that are tried if a row does not state one."""
 MAX_BYTES = 64 << 20
 MAX_LAYERS = 10_000
 
 
 class UnclearRow(ValueError):
-    """A row that says too little, or what cannot be; the message says why."""
+    """A row lacks information or is impossible; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,29 @@ class Run:
     """One for each micro-batch size that the row leaves possible."""
     cluster: Cluster
     seconds: float | None
-    """Seconds of one optimizer step, as measured."""
+    """Measured seconds per optimizer step."""
     out_of_memory: bool
     batch_is_known: bool = True
-    """Or else memory can be told, but no time."""
+    """Whether the global batch size is known; otherwise memory can be predicted, but not time."""
     notes: tuple[str, ...] = ()
-    """What was assumed."""
+    """Assumptions that were made about the row."""
 
     @property
     def fp32_gradients(self) -> bool:
-        """Megatron and its DeepSpeed branch add up bf16 gradients in fp32."""
+        """Whether gradients are accumulated in fp32, as Megatron and its DeepSpeed branch do in bf16."""
         return self.workload.precision == "bf16" and self.groups[0] in STACKS
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """What it shares its speed with, from the widest: the software stack, the family, and the family on that day where there is one."""
+        """Groups of runs with a common speed, from the widest: the software stack, the family, and the family on that day if it has a
+        date."""
         stack = next((stack for stack, words in STACKS.items() if any(word in self.family for word in words)), "other software")
         return stack, self.family, *([f"{self.family} {self.date}"] if self.date else [])
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it was read: the run, or why it is none."""
+    """A row that was read: the run, or the reason why it cannot be used."""
 
     id: str
     run: Run | None
@@ -98,7 +99,7 @@ def read_runs(path: Path | str, clusters: Path) -> list[Row]:
         clusters: directory of the cluster files.
 
     Raises:
-        InputError: the file cannot be read, is no CSV table with these columns, or a line has too few or too many cells.
+        InputError: if the file cannot be read, is not a CSV table with these columns, or a line has too few or too many cells.
     """
     path = Path(path)
     try:
@@ -135,7 +136,7 @@ def read_runs(path: Path | str, clusters: Path) -> list[Row]:
 
 
 def spread_layers(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each stage: alike where they divide; else the embedding and the logits count as a layer each, as BLOOM was cut."""
+    """Layers of each stage: equal if possible; otherwise embedding and logits count as a layer each, as in BLOOM."""
     if layers % stages == 0:
         return (layers // stages,) * stages
     share, more = divmod(layers + 2, stages)
@@ -173,7 +174,7 @@ def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
     server = max((level.devices for level in cluster.levels[:-1] if level.devices < layout.world_size), default=1)
     cluster = cluster.with_devices(-(-layout.world_size // server) * server)  # whole servers, the last one partly idle
     if layers > MAX_LAYERS:
-        raise UnclearRow(f"layers = {layers}, but {MAX_LAYERS} are the most that is believed")
+        raise UnclearRow(f"layers = {layers}, but at most {MAX_LAYERS} are accepted")
     if layout.pipeline > layers:
         raise UnclearRow(f"pp = {layout.pipeline} is more than layers = {layers}")
 
@@ -243,7 +244,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _layout(cells: dict[str, str], notes: list[str]) -> Topology:
-    """The three axes; one that is not given follows from the number of devices."""
+    """The sizes of the three axes; one that is missing follows from the number of devices."""
     sizes = {column: _count(cells, column, 0) for column in ("tp", "pp", "dp")}
     devices = _count(cells, "n_devices", math.prod(sizes.values()))
     unknown = [column for column, size in sizes.items() if not size]
@@ -255,7 +256,7 @@ def _layout(cells: dict[str, str], notes: list[str]) -> Topology:
     if unknown:
         rest = math.prod(size for column, size in sizes.items() if column not in unknown)
         if devices % rest and sizes["dp"]:
-            notes[-1:] = [f"n_devices = {devices} is not believed: tp x pp x dp is {math.prod(sizes.values())}"]
+            notes[-1:] = [f"n_devices = {devices} is not plausible: tp x pp x dp is {math.prod(sizes.values())}"]
             devices = math.prod(sizes.values())
         elif devices % rest:
             raise UnclearRow(f"n_devices = {devices} is not a multiple of the product of the axes, {rest}")

@@ -1,7 +1,7 @@
-"""Every plan that a cluster can run, judged by memory and time.
+"""Searches all plans that a cluster can run, and rates them by memory and time.
 
-The space is small enough to look at all of it: what cannot run is left out with its reason, what does not fit with the memory it needs,
-and the rest is sorted by predicted time.
+The space is small enough to search exhaustively: plans that cannot run are left out with the reason, plans that do not fit with the memory
+they need, and the others are sorted by predicted time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pangu.planner.recipe import deepspeed_json
 from pangu.planner.time import StepTime, TimeModel
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-"""Samples. No device gains from more, and all of them cost memory."""
+"""Micro-batch sizes that are searched, in samples. No device gains from more, and larger ones need more memory."""
 
 KEYS: dict[str, Callable[[Plan], Any]] = {
     "parallel.tensor": lambda plan: plan.layout.tensor,
@@ -36,19 +36,19 @@ KEYS: dict[str, Callable[[Plan], Any]] = {
     "train.micro_batch_size": lambda plan: plan.micro_batch_size,
     "offload_optimizer": lambda plan: plan.offload_optimizer,
 }
-"""What a plan decides, under the names of the configuration; offloading is the DeepSpeed JSON's."""
+"""The settings of a plan by configuration key; offloading is set in the DeepSpeed JSON."""
 
 Wanted = Mapping[str, Any]
-"""Values of `KEYS` that plans must have. What is asked for is looked at even where a rule of thumb would leave it out."""
+"""Values of `KEYS` that plans must have. Requested values are searched even if a rule of thumb would leave them out."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and what it costs."""
+    """A plan with its predicted time and memory."""
 
     plan: Plan
     stage: int
-    """The pipeline stage that needs most memory."""
+    """Index of the pipeline stage that needs most memory."""
     memory: MemoryEstimate
     """Memory of a rank of that stage."""
     time: StepTime
@@ -63,10 +63,10 @@ class Pruned(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found."""
+    """The result of a search."""
 
     candidates: list[Candidate]
-    """What fits, fastest first."""
+    """The plans that fit, fastest first."""
     pruned: list[Pruned]
 
     @property
@@ -80,16 +80,16 @@ class Outcome:
 
 
 class Search:
-    """Plans for one workload on one kind of cluster.
+    """Searches plans for one workload on one kind of cluster.
 
     Args:
-        workload: what is to be trained.
-        cluster: where.
-        profile: how much of its rates the devices reach.
-        platform: what is kept on them.
+        workload: the training workload.
+        cluster: the cluster.
+        profile: the fraction of its rates that the software reaches.
+        platform: what the implementation keeps in memory.
 
     Raises:
-        InputError: the device has no peak for the workload's precision.
+        InputError: if the device has no peak for the workload's precision.
     """
 
     def __init__(self, workload: Workload, cluster: Cluster, profile: Profile, platform: Platform = ACCELERATOR) -> None:
@@ -100,17 +100,17 @@ class Search:
         self.device_gib, self.host_gib = cluster.device.memory_gib.value, cluster.device.host_memory_gib.value
 
     def share(self, memory: MemoryEstimate) -> float:
-        """How much of its memory a rank needs, of the device's or of the host's, whichever is fuller; it fits up to 1."""
+        """Fraction of the device's or the host's memory that a rank needs, whichever is larger; the plan fits if it is at most 1."""
         return max(memory.total / (self.device_gib * GIB), memory.states.host / (self.host_gib * GIB))
 
     def need(self, memory: MemoryEstimate) -> str:
-        """The same in words."""
+        """A message about the memory that a rank needs and what is available."""
         if memory.states.host / self.host_gib > memory.total / self.device_gib:
-            return f"needs {memory.states.host / GIB:,.1f} GiB of host memory a device, of {self.host_gib:,.0f}"
-        return f"needs {memory.total / GIB:,.1f} GiB a device, of {self.device_gib:,.0f}"
+            return f"needs {memory.states.host / GIB:,.1f} GiB of host memory per device, of {self.host_gib:,.0f}"
+        return f"needs {memory.total / GIB:,.1f} GiB per device, of {self.device_gib:,.0f}"
 
     def run(self, wanted: Wanted | None = None, limit: float = 1.0) -> Outcome:
-        """Look at every plan on all devices that has the values `wanted` and needs no more than `limit` of a rank's memory."""
+        """Search all plans on all devices that have the values `wanted` and need at most the fraction `limit` of a rank's memory."""
         wanted = wanted or {}
         candidates: list[Candidate] = []
         pruned: list[Pruned] = []
@@ -145,7 +145,7 @@ class Search:
         return Outcome(candidates, pruned)
 
     def explain(self, wanted: Wanted) -> Candidate | None:
-        """The fastest plan with the values `wanted`; where none fits, the one that needs least memory; None where there is none at all."""
+        """The fastest plan with the values `wanted`; if none fits, the one that needs least memory; None if there is none at all."""
         if fitting := self.run(wanted).candidates:
             return fitting[0]
         return min(self.run(wanted, limit=math.inf).candidates, key=lambda one: self.share(one.memory), default=None)
@@ -201,7 +201,8 @@ class Search:
             pruned.append(Pruned(f"tensor {_some(indivisible)}", reason))
 
     def _families(self, layout: Topology, wanted: Wanted) -> Iterator[Plan]:
-        """Plans of one sample a micro-batch that differ in what costs memory: ZeRO, sequence, recomputation, cut, offloading."""
+        """Plans with micro-batches of one sample that differ in what affects memory: ZeRO, sequence parallelism, recomputation, cut,
+        offloading."""
         workload = self.workload
         zero_stages = [1, 2, 3] if layout.pipeline == 1 and layout.data > 1 else [1]
         if layout.pipeline == 1 and workload.precision == "fp32":
@@ -224,7 +225,7 @@ class Search:
                         yield replace(whole, stage_layers=tuple(stage_layers))
 
     def _offloadings(self, plan: Plan, wanted: Wanted) -> Iterator[Plan]:
-        """The plan, and its optimizer states (under ZeRO-3 weights too) in host memory."""
+        """The plan without and with offloading of its optimizer states (under ZeRO-3 also the weights) to host memory."""
         for offload in _chosen("offload_optimizer", [False, True] if plan.zero_stage else [False], wanted):
             zero = self._zero[plan.zero_stage, offload]
             yield replace(
@@ -235,7 +236,7 @@ class Search:
             )
 
     def _cuts(self, plan: Plan) -> list[tuple[int, ...]]:
-        """Into stages of equal parameters, and of equal time."""
+        """Cuts of the layers into stages of equal parameters, and of equal time."""
         costs = [round(1e9 * seconds) for seconds in self.time.layer_seconds(plan)]
         bounds = balance(costs, plan.layout.pipeline)
         by_time = tuple(end - begin for begin, end in pairwise(bounds))
@@ -248,7 +249,8 @@ class Search:
 
 
 def smallest_cluster(search: Search, profile: Profile, limit: int = 2**17) -> int | None:
-    """The least number of devices of this kind that some plan fits on, of 1, 2, 3, 4, 6, 8, 12 … and then whole servers; None: none."""
+    """The smallest number of devices on which some plan fits, out of 1, 2, 3, 4, 6, 8, 12 … and then whole servers; None if there is
+    none."""
     server = server_devices(search.cluster)
     for number in sorted({base * 2**power for base in (1, 3) for power in range(18)}):
         if number <= limit and (number <= server or number % server == 0):
@@ -259,7 +261,7 @@ def smallest_cluster(search: Search, profile: Profile, limit: int = 2**17) -> in
 
 
 def server_devices(cluster: Cluster) -> int:
-    """Devices of one server; of the whole cluster where it is smaller."""
+    """Number of devices of one server, or of the whole cluster if it is smaller."""
     inside = [level.devices for level in cluster.levels if level.name in ("group", "server")]
     return inside[-1] if inside else 1
 
@@ -271,7 +273,7 @@ def divisors(number: int) -> list[int]:
 
 
 def _placements(plan: Plan, wanted: Wanted) -> list[Plan]:
-    """The plan with either axis nearer, where there are two."""
+    """The plan with both orders of the data and pipeline axes, if both are larger than 1."""
     layout = plan.layout
     both = layout.pipeline > 1 and layout.data > 1
     orders = _chosen("parallel.order", ["tp-dp-pp", "tp-pp-dp"] if both else ["tp-dp-pp"], wanted)

@@ -1,4 +1,4 @@
-"""Device memory of what belongs to the parameters, as DeepSpeed 0.19 keeps it: weights, gradients, Adam's states, buffers.
+"""Device memory of the model states as DeepSpeed 0.19 keeps them: weights, gradients, Adam's states, buffers.
 
 Source of what is sharded: ZeRO (Rajbhandari et al., arXiv 1910.02054, section 5). Copies, paddings and buffers are those of the live
 tensors of real engines (tests/pangu/planner/test_real_memory.py).
@@ -24,23 +24,23 @@ ALIGNMENT = 2
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes of what belongs to the parameters, on one rank; the first five are on the device."""
+    """Bytes of the model states of one rank; the first five fields are on the device."""
 
     weights: int
     gradients: int
-    """On the rank that has most of them."""
+    """Bytes of gradients, on the rank that has most."""
     optimizer: int
-    """fp32 copy of the weights and the two moments."""
+    """Bytes of the fp32 copy of the weights and the two moments."""
     buffers: int
-    """Communication buckets, and under ZeRO-3 the gathered weights."""
+    """Bytes of communication buckets, and under ZeRO-3 of the gathered weights."""
     step: int
-    """Only during the optimizer step, when no activations are held: fp32 gradients and one temporary of their size."""
+    """Bytes used only in the optimizer step, when there are no activations: fp32 gradients and one temporary of their size."""
     host: int
-    """What offloading keeps in host memory instead."""
+    """Bytes that offloading keeps in host memory instead."""
 
     @property
     def resident(self) -> int:
-        """What is on the device all the time."""
+        """Bytes that are on the device all the time."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 
@@ -61,13 +61,13 @@ def model_state_bytes(
     stage 3. In fp32 it is 16, 8 + 12/D, 4 + 16/D and 20/D: DeepSpeed's ZeRO keeps the copy of the weights that it updates in fp32 too.
 
     Args:
-        parameters: what this rank's layers hold before ZeRO shards them: its tensor slice of its pipeline stage.
-        zero_stage: 0 to 3.
+        parameters: the rank's parameters before ZeRO shards them: its tensor slice of its pipeline stage.
+        zero_stage: ZeRO stage, 0 to 3.
         precision: `fp32`, `bf16` or `fp16`.
         data_parallel_size: D, over which ZeRO shards.
         bucket_elements: reduce_bucket_size of the DeepSpeed JSON.
-        offload_optimizer: optimizer states, and from stage 2 on gradients, live in host memory.
-        offload_parameters: stage 3 only: weights live in host memory too.
+        offload_optimizer: keep optimizer states, and from stage 2 on gradients, in host memory.
+        offload_parameters: stage 3 only: also keep weights in host memory.
     """
     element, total, size = BYTES[precision], parameters.total, data_parallel_size
     if zero_stage == 0:
@@ -104,7 +104,8 @@ def model_state_bytes(
 
 
 def _most_gradients(parameters: RankParameters, size: int) -> int:
-    """ZeRO-2: a rank keeps the whole gradient of every parameter of which a piece lies in its part; the largest such sum over the ranks."""
+    """ZeRO-2: the largest number of gradient elements on a rank, which keeps the whole gradient of every parameter that its part
+    overlaps."""
     kept = [0] * size
     for group in (parameters.matrices, parameters.vectors):
         if not group:

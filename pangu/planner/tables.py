@@ -1,4 +1,4 @@
-"""What a search found, for people and for programs."""
+"""Formats the result of a search as tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pangu.planner.time import StepTime
 
 
 def as_json(workload: Workload, one: Candidate) -> dict[str, Any]:
-    """A plan under the names of the configuration, its seconds by cause and the GiB of its fullest stage by kind."""
+    """A plan by configuration key, with its seconds by cause and the GiB of its fullest stage by kind."""
     return {
         **{key: value(one.plan) for key, value in KEYS.items()},
         "data_parallel_size": one.plan.layout.data,
@@ -31,12 +31,12 @@ def as_json(workload: Workload, one: Candidate) -> dict[str, Any]:
 
 
 def seconds_by_cause(time: StepTime) -> dict[str, float]:
-    """They sum to the step."""
+    """Seconds of a step by cause; they sum to the time of the step."""
     return vars(time)
 
 
 def gib_by_kind(memory: MemoryEstimate) -> dict[str, float]:
-    """What a rank holds, and what is to be left free. Activations and the update's temporaries are never there at once."""
+    """GiB that a rank holds, by kind, and the reserve. Activations and the update's temporaries are never in memory at the same time."""
     states = memory.states
     bytes_ = {
         "weights": states.weights,
@@ -52,7 +52,7 @@ def gib_by_kind(memory: MemoryEstimate) -> dict[str, float]:
 
 
 def in_words(plan: Plan) -> str:
-    """A plan in one line."""
+    """A description of a plan in one line."""
     layout = plan.layout
     words = [f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}", f"micro-batch {plan.micro_batch_size}"]
     words += [f"ZeRO-{plan.zero_stage}{' offloaded' if plan.offload_optimizer else ''}", f"recompute {plan.recompute}"]
@@ -62,7 +62,7 @@ def in_words(plan: Plan) -> str:
 
 
 def plan_tables(candidates: Sequence[Candidate], title: str) -> list[Table]:
-    """A row a plan: what it is; its seconds by cause; the GiB of its fullest stage by kind."""
+    """Tables with one row per plan: its settings; its seconds by cause; the GiB of its fullest stage by kind."""
     plans = _table(title, "", "t", "p", "d", "order", "layers", "ZeRO", "seq", "recompute", "mb", "step s", "GiB")
     for rank, one in enumerate(candidates, start=1):
         plan, layout = one.plan, one.plan.layout
@@ -83,7 +83,7 @@ def plan_tables(candidates: Sequence[Candidate], title: str) -> list[Table]:
 
 
 def _split(title: str, parts: Sequence[dict[str, float]], form: str) -> Table:
-    """A row a plan, a column for each part that any of them has."""
+    """A table with one row per plan and one column for each part that any of them has."""
     names = [name for name in parts[0] if any(one[name] >= 0.001 * sum(one.values()) for one in parts)]
     table = _table(title, "", *(name.replace("_", " ") for name in names))
     for rank, one in enumerate(parts, start=1):
@@ -110,7 +110,7 @@ def layers_in_words(stage_layers: Sequence[int]) -> str:
 
 
 def left_out_table(outcome: Outcome) -> Table:
-    """Where no plan was found, and why."""
+    """A table of the layouts without a plan, and the reasons."""
     table = Table("left out", "because", box=None, pad_edge=False)
     for region, reason in outcome.pruned:
         table.add_row(region, reason)
@@ -118,7 +118,7 @@ def left_out_table(outcome: Outcome) -> Table:
 
 
 def comparison_table(best: Candidate, other: Candidate) -> Table:
-    """A plan beside the best one: where it takes longer, where it needs more."""
+    """A table that compares a plan with the best one, in time by cause and memory by kind."""
     table = Table(box=None, pad_edge=False)
     for heading in ("", "this plan", "the best", "difference"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -134,7 +134,7 @@ def comparison_table(best: Candidate, other: Candidate) -> Table:
 
 
 def draw(path: Path, outcome: Outcome, num_bars: int) -> None:
-    """A picture: time against memory of every plan that fits, with the Pareto front, and the best ones' time by cause.
+    """Draw time against memory of every plan that fits, with the Pareto front, and the best plans' time by cause.
 
     Raises:
         InputError: if matplotlib is not installed, or the file cannot be written.

@@ -1,6 +1,6 @@
-"""How long an optimizer step takes: what each rank computes, what it waits for, and why.
+"""Predicts the time of an optimizer step: what each rank computes, what it waits for, and why.
 
-    step = TimeModel(workload, cluster, profile).step(plan)         # seconds by cause; the model remembers what plans have in common
+    step = TimeModel(workload, cluster, profile).step(plan)         # seconds by cause; the model caches what plans have in common
 
 Sources: FLOPs and the communication of tensor and pipeline parallelism, arXiv 2104.04473 (sections 2 and 3, appendix); sequence parallelism
 and selective recomputation, arXiv 2205.05198; ZeRO's traffic, arXiv 1910.02054 (section 7).
@@ -22,7 +22,7 @@ from pangu.planner.profile import Profile
 from pangu.planner.states import BYTES, FP32_BYTES
 
 OPERATORS = 20
-"""Kernels that the forward pass of a layer starts; the backward pass starts twice as many."""
+"""Number of kernels that the forward pass of a layer launches; the backward pass launches twice as many."""
 ADAM_BYTES = 30
 """Bytes an update moves per parameter: fp32 weight and two moments in and out, the gradient in, the 16-bit weight out."""
 ACCUMULATION_BYTES = 10
@@ -36,19 +36,19 @@ class StepTime:
     compute: float
     recompute: float
     tensor: float
-    """Communication of tensor parallelism."""
+    """Seconds of communication for tensor parallelism."""
     point_to_point: float
-    """Activations and gradients between stages."""
+    """Seconds of sending activations and gradients between stages."""
     imbalance: float
-    """Waiting for the slowest stage."""
+    """Seconds of waiting for the slowest stage."""
     bubble: float
-    """Filling and draining the pipeline."""
+    """Seconds of filling and draining the pipeline."""
     data: float
-    """Gradients and weights between replicas, as far as nothing hides it."""
+    """Seconds of communicating gradients and weights between replicas that are not hidden by computation."""
     optimizer: float
-    """The update, and what offloading moves for it."""
+    """Seconds of the update, including transfers for offloading."""
     engine: float
-    """What DeepSpeed and Python do besides, where a profile has measured it."""
+    """Seconds of overhead of DeepSpeed and Python, if a profile has measured it."""
 
     @property
     def total(self) -> float:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--fit", type=Path, metavar="CSV", help="fit the constants to the measured runs of this file")
     source.add_argument("--profile", type=Path, metavar="YAML", help="read the constants; without either the defaults are used")
     parser.add_argument("--runs", type=Path, metavar="CSV", help="predict these runs")
-    parser.add_argument("--cross", action="store_true", help="predict each family and day of --fit from a fit to all the others")
+    parser.add_argument("--cross", action="store_true", help="predict each family and day of --fit by a fit to all the others")
     parser.add_argument("--output", type=Path, metavar="YAML", help="write the constants, to be read with --profile")
     parser.add_argument("--json", action="store_true", help="print JSON: a list with one object for each run, or each family")
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Fit, predict, print.
 
     Raises:
-        InputError: the options do not go together, or a file is refused.
+        InputError: if the options exclude each other, or a file is refused.
     """
     if arguments.cross and (arguments.fit is None or arguments.runs):
         raise InputError("--cross predicts runs of the file that is fitted: give it with --fit CSV, and leave out --runs.")
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def understood(path: Path) -> list[Row]:
-    """The rows of a file; what had to be assumed and what could not be told goes to standard error."""
+    """Read the rows of a file; assumptions, and rows that cannot be predicted, are printed to standard error."""
     rows = read_runs(path, CLUSTERS)
     for row in rows:
         for note in [row.reason] if row.run is None else row.run.notes:

@@ -1,7 +1,7 @@
-"""Fit the constants of the time model to published runs, and predict others.
+"""Fits the constants of the time model to published runs, and predicts others.
 
-The fit is small on purpose: seven constants of a profile, each held near what is known of such hardware, and a speed of each family of runs
-and of each day within it, held near 1. Runs of a family that was not fitted get speed 1. Nothing is drawn at random.
+The fit is small on purpose: seven constants of a profile, each with a prior from what is known about such hardware, and a speed of each
+family of runs and of each day within it, with a prior near 1. Runs of a family that was not fitted get speed 1. The fit is deterministic.
 """
 
 from __future__ import annotations
@@ -37,52 +37,53 @@ logarithm). They are not the defaults of `Profile`, which come out of the fit.""
 GROUP_SPREADS = (0.15, 0.06, 0.04)
 """Standard deviations of the logarithm of the speed of a software stack, of a family within it, and of a day within its family."""
 NOISE = 0.03
-"""That of a run's time."""
+"""Standard deviation of the logarithm of a run's time."""
 OUTLIER = 1.5
-"""Residuals beyond so many standard deviations count by their size, not by its square (Huber)."""
+"""Number of standard deviations beyond which a residual counts linearly instead of quadratically (Huber)."""
 STEPS = 30
 MIN_RUNS = 3
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Constants, and how much slower than they say each family and day was."""
+    """The result of a fit: constants, and how much slower than they predict each family and day was."""
 
     profile: Profile
     slowness: dict[str, float]
-    """Logarithm, by software stack, family, and family and day; a run's own is the sum of those that are known."""
+    """Logarithm of the slowness by software stack, by family, and by family and day; a run's slowness is the sum of those that are
+    known."""
 
     @classmethod
     def default(cls) -> Fit:
-        """The constants that ship, and every software at speed 1."""
+        """The default constants, with every software stack at speed 1."""
         return cls(Profile(), {})
 
     def predict(self, run: Run) -> float:
-        """Seconds of a step of a run."""
+        """Predicted seconds per step of a run."""
         return fastest(run, self.profile) * math.exp(sum(self.slowness.get(name, 0.0) for name in run.groups))
 
 
 @dataclass(frozen=True)
 class Score:
-    """How good predictions of some runs are."""
+    """Quality of the predictions of some runs."""
 
     runs: int
     error: float
     """Mean of |predicted / measured - 1|."""
     pairs: int
-    """Pairs of the same family and day whose measured times differ."""
+    """Number of pairs of the same family and day whose measured times differ."""
     right: int
-    """How many of those pairs are predicted in the right order."""
+    """Number of those pairs that are predicted in the right order."""
 
 
 def is_feasible(workload: Workload, plan: Plan, cluster: Cluster, *, fp32_gradients: bool = False) -> bool:
-    """Whether every stage of a plan fits in device memory, in Megatron-LM's way of keeping activations.
+    """Whether every stage of a plan fits in device memory, if activations are kept as in Megatron-LM.
 
     Args:
-        workload: what is trained.
-        plan: how it is split.
-        cluster: what on.
-        fp32_gradients: the software adds up micro-batches in fp32, beside the 16-bit gradients.
+        workload: the training workload.
+        plan: the layout.
+        cluster: the cluster.
+        fp32_gradients: whether gradients are accumulated over micro-batches in fp32, in addition to the 16-bit gradients.
     """
     parameters = stage_parameters(workload.model, plan.layout.tensor, plan.stage_layers)
     return all(
@@ -98,7 +99,7 @@ def fits_in_memory(run: Run) -> bool:
 
 
 def fastest(run: Run, profile: Profile) -> float:
-    """Seconds of a step with the best micro-batch size that a run leaves possible, of those that fit if any does."""
+    """Predicted seconds per step with the best of a run's possible micro-batch sizes, among those that fit if any does."""
     model = TimeModel(run.workload, run.cluster, profile)
     plans = run.plans
     if len(plans) > 1:
@@ -107,13 +108,13 @@ def fastest(run: Run, profile: Profile) -> float:
 
 
 def fit(runs: Sequence[Run]) -> Fit:
-    """Constants and speeds that explain measured runs best: the maximum of their posterior, by damped Gauss-Newton steps.
+    """Fit constants and speeds to measured runs: the maximum of the posterior, by damped Gauss-Newton steps.
 
     Args:
-        runs: those without a measured time are left out.
+        runs: published runs; those without a measured time are left out.
 
     Raises:
-        InputError: fewer than three runs have a measured time.
+        InputError: if fewer than three runs have a measured time.
     """
     timed = [run for run in runs if run.seconds is not None]
     if len(timed) < MIN_RUNS:
@@ -170,7 +171,7 @@ def fit(runs: Sequence[Run]) -> Fit:
 
 
 def score(runs: Sequence[Run], predictions: Sequence[float]) -> Score:
-    """How good predictions of measured runs are, in size and in order."""
+    """Score predictions of measured runs, by size and by order."""
     timed = [(run, predicted) for run, predicted in zip(runs, predictions, strict=True) if run.seconds is not None]
     errors = [abs(predicted / run.seconds - 1) for run, predicted in timed if run.seconds]
     pairs = right = 0
@@ -184,10 +185,10 @@ def score(runs: Sequence[Run], predictions: Sequence[float]) -> Score:
 
 
 def cross_validate(runs: Sequence[Run]) -> list[tuple[str, list[Run], list[float]]]:
-    """Each family, or each day of a family that has several, predicted by a fit to all the others.
+    """Predict each family, or each day of a family that has several, by a fit to all the others.
 
     Returns:
-        Name, measured runs and predicted seconds of each.
+        For each: name, measured runs and predicted seconds.
     """
     timed = [run for run in runs if run.seconds is not None]
     found = []

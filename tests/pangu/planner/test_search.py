@@ -44,7 +44,7 @@ def test_the_papers_plan_without_optimizer_parallelism_does_not_fit() -> None:
     search, _ = paper()
     plan = search.explain(PAPER | {"parallel.zero_stage": 0})
     assert plan is not None and plan.memory.total > 40 * GIB
-    assert search.need(plan.memory).endswith("GiB a device, of 32")
+    assert search.need(plan.memory).endswith("GiB per device, of 32")
 
 
 def test_every_plan_is_one_that_training_accepts() -> None:
@@ -133,7 +133,7 @@ def test_reasons_are_given() -> None:
     reasons = dict(outcome.pruned)
     assert "64 layers" in reasons["tensor 8, pipeline 128, 256"]
     assert "server has 8" in reasons["tensor 16, 32, 64, 128"]
-    assert any("GiB a device" in reason for reason in reasons.values())
+    assert any("GiB per device" in reason for reason in reasons.values())
 
 
 def test_batches_that_do_not_divide_are_left_out() -> None:

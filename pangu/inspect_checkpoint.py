@@ -96,7 +96,7 @@ def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
             "layout",
             f"{layout(report['layout'])}; {size(report['num_bytes'])} in {report['num_files']} file{'s'[: report['num_files'] != 1]}",
         ),
-        ("step", "not said" if report["step"] is None else f"{report['step']:,}"),
+        ("step", "not stated" if report["step"] is None else f"{report['step']:,}"),
         ("left out", left_out or "nothing"),
         ("tokenizer", report["tokenizer"] or "none beside it"),
     ]

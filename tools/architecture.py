@@ -229,10 +229,10 @@ def model_names_below(sources: Sources) -> list[Finding]:
 
 
 def strangers_at_the_top(sources: Sources) -> list[Finding]:
-    """Files at the top of pangu/ that are no program: a program has a function `main`."""
+    """Files at the top of pangu/ that are not programs: a program has a function `main`."""
     top = [path for path in sources if room_of(path) == "programs" and path != VERBS]
     mains = {path for path in top for node in sources[path].tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"}
-    return [Finding(path, 1, "is no program, it has no main: move it to the folder of its subject") for path in top if path not in mains]
+    return [Finding(path, 1, "is not a program, it has no main: move it to the folder of its subject") for path in top if path not in mains]
 
 
 def check(sources: Sources) -> list[Finding]:
@@ -250,7 +250,7 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" 
 <marker id="tip" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z" fill="#5b6472"/></marker>
 <rect width="100%" height="100%" fill="#fff"/>
 <text x="50%" y="32" font-size="18" font-weight="bold">Who imports whom</text>
-<text x="50%" y="54" font-size="12">Imports run down. An arrow that follows from others is left out. The wider a box, the more lines.</text>
+<text x="50%" y="54" font-size="12">Imports run down. An arrow that follows from others is left out. The wider a box, the more files.</text>
 {shapes}
 </svg>
 """
@@ -277,13 +277,13 @@ def room_arrows(sources: Sources) -> list[tuple[str, str]]:
 
 
 def lay_out(sources: Sources) -> dict[str, Box]:
-    """Boxes by room. Their width grows with the number of lines in steps of 500, so that few changes of the code move a box."""
+    """Boxes by room. Their width grows with the number of files."""
     boxes: dict[str, Box] = {}
     y = 78.0
     for floor in FLOORS:
         files = {room: paths for room in floor if (paths := [path for path in sources if room_of(path) == room])}
         widths = {
-            room: 170 + 9 * len(paths) + 60 * round(sum(sources[path].lines for path in paths) / 500) for room, paths in files.items()
+            room: 170 + 20 * len(paths) for room, paths in files.items()
         }
         scale = min(1.0, (WIDTH - GAP * (len(files) + 1)) / max(1, sum(widths.values())))
         x = (WIDTH - scale * sum(widths.values()) - GAP * (len(files) - 1)) / 2
@@ -337,7 +337,7 @@ def main() -> int:
     """Check, or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check", help="print the breaches, one a line")
+    commands.add_parser("check", help="print the violations, one per line")
     commands.add_parser("draw", help="write the drawing").add_argument("output", type=Path)
     arguments = parser.parse_args()
     sources = read_tree(ROOT)

@@ -199,7 +199,7 @@ def _flatten(file: Path, tree: dict[Any, Any]) -> dict[str, StoredTensor]:
         elif isinstance(value, dict) and name.count(".") < 3 and all(type(key) is str for key in value):
             pending += [(f"{name}.{key}" if name else key, child) for key, child in value.items()]
         else:
-            raise InputError(f"{file}: language_model has {name[:80]!r}, which is no tensor.")
+            raise InputError(f"{file}: language_model has {name[:80]!r}, which is not a tensor.")
     return tensors
 
 

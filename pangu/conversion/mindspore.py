@@ -208,7 +208,7 @@ def assemble(
             overrides.problems.append(str(error))
             continue
         if not tensor.shape or min(tensor.shape) < 1:
-            overrides.report(where, [f"{name} has shape {list(tensor.shape)}; no weight has"], ".")
+            overrides.report(where, [f"{name} has shape {list(tensor.shape)}, which no weight has"], ".")
         tensors[canonical] = tensor
     if overrides.strict and len(tensors[_WORD].shape) == 2:
         _check_layout(where, found, tensors)
@@ -255,7 +255,7 @@ def _canonical_names(where: Path, names: Iterable[str], overrides: Overrides) ->
             table[ours] = name
     for ours, usual in ((_WORD, "a word embedding"), (_POSITION, "a position embedding"), (_QUERY, "a query embedding")):
         if ours not in outside and overrides.strict:
-            raise InputError(f"{where}: lacks {usual} under any name; it is no complete PanGu model.")
+            raise InputError(f"{where}: lacks {usual} under any name; it is not a complete PanGu model.")
     word, position = (_PREFIX.sub("", outside.get(name, ""), count=1) for name in (_WORD, _POSITION))
     dialect, gelu = _DIALECTS.get(word, ("without a word embedding, whose name tells the dialect", "tanh"))
     pipeline = position == _PIPELINE_POSITION

@@ -83,7 +83,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
         InputError: naming the file, tensor or rank that is missing, damaged or disagrees with another.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: is no directory of shards.")
+        raise InputError(f"{path}: is not a directory of shards.")
     strategy_path = _find_strategy(path)
     layouts = read_strategy(strategy_path)
     files = _rank_files(path)
@@ -233,7 +233,7 @@ def read_strategy(path: Path) -> dict[str, Layout]:
             if (found := _read_layout(layout, at)) is not None:
                 layouts[text] = found
     if not layouts:
-        raise InputError(f"{path}: holds no layouts; it is no strategy file.")
+        raise InputError(f"{path}: holds no layouts; it is not a strategy file.")
     return layouts
 
 

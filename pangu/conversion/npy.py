@@ -40,7 +40,7 @@ def read(path: Path, overrides: Overrides) -> Weights:
         InputError: naming the file that is missing, damaged or of an unexpected shape.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: is no directory of .npy files.")
+        raise InputError(f"{path}: is not a directory of .npy files.")
     files = {file.name.removesuffix(".npy"): file for file in sorted(path.glob("*.npy"))}
     return assemble(
         path,
@@ -91,11 +91,11 @@ def open_array(path: Path) -> LazyTensor:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except Exception as error:  # a damaged header reaches numpy's literal parser, which raises whatever it meets
-        raise InputError(f"{path}: is no .npy file ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from None
+        raise InputError(f"{path}: is not a .npy file ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from None
     if dtype not in _DTYPES:
         raise InputError(f"{path}: is of type {dtype}, expected little-endian float16, float32 or float64.")
     if len(shape) > MAX_DIMS or not all(type(extent) is int and abs(extent) < 2**62 for extent in shape):
-        raise InputError(f"{path}: has a shape that no array has. Copy it again.")
+        raise InputError(f"{path}: has an impossible shape. Copy it again.")
     expected = math.prod(shape) * dtype.itemsize
     if min(shape, default=1) < 0 or size - begin != expected:
         raise InputError(f"{path}: holds {size - begin:,} bytes of data, {dtype} {list(shape)} needs {expected:,}. Copy it again.")
@@ -105,5 +105,5 @@ def open_array(path: Path) -> LazyTensor:
     if not transposed or len(shape) < 2:
         return stored
     if len(shape) > 2:
-        raise InputError(f"{path}: has shape {list(shape)}; no weight has.")
+        raise InputError(f"{path}: has shape {list(shape)}, which no weight has.")
     return LazyTensor(tuple(shape), torch_dtype, lambda: stored.read().T)

@@ -196,7 +196,7 @@ def complete(
     described = dict(described or {})
     for name, tensor in tensors.items():
         if not all(0 < extent < MAX_EXTENT for extent in tensor.shape):
-            raise InputError(f"{where}: {name} has shape {list(tensor.shape)}; no weight has.")
+            raise InputError(f"{where}: {name} has shape {list(tensor.shape)}, which no weight has.")
     sizes = _infer_sizes(where, tensors, num_layers)
     if overrides.strict and 8 * sizes["num_layers"] > len(tensors):  # half of them missing: not worth building the model to compare with
         raise InputError(f"{where}: holds tensors of layer {sizes['num_layers'] - 1}, but just {len(tensors)} in all; more are missing.")
@@ -234,10 +234,10 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int
     """
     layers = {int(match[1]) for name in tensors if (match := re.match(r"transformer\.h\.(\d{1,4})\.", name))}
     if not layers:
-        raise InputError(f"{where}: holds no layers; it is no PanGu model.")
+        raise InputError(f"{where}: holds no layers; it is not a PanGu model.")
     num_layers = max(num_layers, max(layers) + 1)
     if num_layers > min(len(tensors), MAX_LAYERS):
-        raise InputError(f"{where}: its names are those of {num_layers} layers, its tensors {len(tensors)}; it is no PanGu model.")
+        raise InputError(f"{where}: its names are those of {num_layers} layers, its tensors {len(tensors)}; it is not a PanGu model.")
     words, positions, queries = (f"transformer.{name}.weight" for name in ("wte", "wpe", "wqe"))
     widths = [(f"transformer.h.{layer}.mlp.c_fc.bias", 0, 1) for layer in sorted(layers)]
     shown = {  # tensor, its dimension that has the size, and how many dimensions there are
@@ -253,7 +253,7 @@ def _infer_sizes(where: Path, tensors: Mapping[str, LazyTensor], num_layers: int
                 sizes[key] = tensors[name].shape[dim]
                 break
     if "hidden_size" not in sizes:
-        raise InputError(f"{where}: lacks {words} and whatever else shows the hidden size; it is no PanGu model.")
+        raise InputError(f"{where}: lacks {words} and whatever else shows the hidden size; it is not a PanGu model.")
     return sizes
 
 

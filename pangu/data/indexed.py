@@ -305,7 +305,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[n
     if header.startswith(LEGACY_MAGIC):
         raise InputError(f"{path}: Megatron's old 'lazy' or 'cached' format found, 'mmap' expected. Write it with --dataset-impl mmap.")
     if not header.startswith(MAGIC[: len(header)]) or not header:
-        raise InputError(f"{path}: begins with {header[:9]!r}, {MAGIC!r} expected. It is no Megatron index, or damaged: {AGAIN}.")
+        raise InputError(f"{path}: begins with {header[:9]!r}, {MAGIC!r} expected. It is not a Megatron index, or is damaged: {AGAIN}.")
     if len(header) < HEADER.size:
         raise InputError(f"{path}: a header of {HEADER.size} bytes expected, the file ends after {len(header)}. It was cut off: {AGAIN}.")
     _, version, code, documents, doc_idx_length = HEADER.unpack(header)

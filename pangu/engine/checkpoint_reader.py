@@ -65,7 +65,7 @@ class Checkpoint:
             check_sizes(config)
             return config
         except ValueError:
-            raise InputError(f"{self.folder / MANIFEST}: describes no model that can be: {json.dumps(self.model)[:200]}.") from None
+            raise InputError(f"{self.folder / MANIFEST}: describes an impossible model: {json.dumps(self.model)[:200]}.") from None
 
     def load(self, name: str) -> dict[Any, Any]:
         """Load the content of a file.
@@ -80,7 +80,7 @@ class Checkpoint:
         self.opened.add(name)
         root = load(file)
         if not isinstance(root, dict):
-            raise InputError(f"{file}: is no checkpoint file of DeepSpeed.")
+            raise InputError(f"{file}: is not a checkpoint file of DeepSpeed.")
         return root
 
 
@@ -118,7 +118,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     lowest = {"tensor": 1, "pipeline": 1, "data": 1, "zero": 0}
     whole = all(type(value) is int and lowest[key] <= value <= len(sizes) + 3 for key, value in layout.items())
     if not whole or precision not in ("fp32", "bf16", "fp16") or not isinstance(progress, dict) or not all(map(_is_size, sizes.values())):
-        raise InputError(f"{folder / MANIFEST}: describes no layout that can be: {json.dumps(layout)[:200]}.")
+        raise InputError(f"{folder / MANIFEST}: describes an impossible layout: {json.dumps(layout)[:200]}.")
     return Checkpoint(folder, sizes, layout, model, stage_layers, precision, progress)
 
 
@@ -142,7 +142,7 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
             return _partitioned_tensors(checkpoint)
         return _plain_tensors(checkpoint)
     except LayoutError as error:
-        raise InputError(f"{checkpoint.folder}: its {MANIFEST} describes no layout that can be: {error}") from None
+        raise InputError(f"{checkpoint.folder}: its {MANIFEST} describes an impossible layout: {error}") from None
 
 
 def _plain_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -179,7 +179,7 @@ def _partitioned_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
         module = section(checkpoint, name, root, "module")
         groups = root.get("param_shapes")
         if type(groups) is not list or not all(isinstance(group, dict) for group in groups):
-            raise InputError(f"{checkpoint.folder / name}: says nothing about its parameters' order.")
+            raise InputError(f"{checkpoint.folder / name}: does not contain the order of its parameters.")
         order = [key for group in groups for key in group]
         specs = specs or model_parameters(checkpoint, len(module))
         flats = [_flat_weights(checkpoint, data_rank, tensor_rank) for data_rank in range(checkpoint.layout["data"])]
@@ -224,7 +224,7 @@ def _stored(checkpoint: Checkpoint, module: dict[Any, Any], specs: dict[str, Sha
     tensors = {}
     for key, value in module.items():
         if not isinstance(value, StoredTensor):
-            raise InputError(f"{checkpoint.folder}: parameter {key!r} is no tensor.")
+            raise InputError(f"{checkpoint.folder}: parameter {key!r} is not a tensor.")
         tensors[key] = LazyTensor(value.shape, value.dtype, value.read)
     return tensors
 

@@ -54,7 +54,7 @@ def sha256(path: Path) -> str:
 def file_problem(file: Path, described: dict[str, Any]) -> str | None:
     """What is wrong with one file of a checkpoint, or None; `described` is the file's entry in the manifest."""
     if not file.is_file() or file.stat().st_size != described["bytes"]:
-        return f"{file.name} is missing or has not its {described['bytes']:,} bytes"
+        return f"{file.name} is missing or does not have its {described['bytes']:,} bytes"
     if sha256(file) != described["sha256"]:
         return f"{file.name} has changed since it was written: its sha256 differs"
     return None

@@ -88,7 +88,7 @@ def read_optimizer(path: Path) -> OptimizerState:
     try:
         return _without_zero(checkpoint) if checkpoint.layout["zero"] == 0 else _sharded(checkpoint)
     except LayoutError as error:
-        raise InputError(f"{checkpoint.folder}: its manifest describes no layout that can be: {error}") from None
+        raise InputError(f"{checkpoint.folder}: its manifest describes an impossible layout: {error}") from None
 
 
 def _without_zero(checkpoint: Checkpoint) -> OptimizerState:
@@ -225,7 +225,7 @@ def _partitioned_shard(checkpoint: Checkpoint, data_rank: int, model_rank: int, 
     model_file = f"zero_pp_rank_0_mp_rank_{model_rank:02d}_model_states.pt"
     groups = checkpoint.load(model_file).get("param_shapes")
     if type(groups) is not list or not all(isinstance(group, dict) for group in groups):
-        raise InputError(f"{checkpoint.folder / model_file}: says nothing about its parameters' order.")
+        raise InputError(f"{checkpoint.folder / model_file}: does not contain the order of its parameters.")
     pieces, begin = {}, 0
     for parameter in [key for group in groups for key in group]:
         if parameter not in specs:

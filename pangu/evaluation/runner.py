@@ -120,7 +120,7 @@ def _difference(line: str, header: Record) -> str:
         key = next(key for key in {**header, **found} if found.get(key) != header.get(key))
         return f"{key} = {found.get(key)!r}, now {header.get(key)!r}"
     except (ValueError, StopIteration, AttributeError):
-        return "its first line is no header"
+        return "its first line is not a header"
 
 
 def fingerprint(path: Path) -> str:

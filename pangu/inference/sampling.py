@@ -124,7 +124,7 @@ def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
     Args:
         logits_BV: of the real vocabulary, without padded ids; any float dtype.
         sampling: how.
-        generators: one a row, on the CPU; each gives one number, even if greedy.
+        generators: one per row, on the CPU; each is advanced by one number, even if greedy.
 
     Returns:
         ids_B, int64, each in [0, V).

@@ -190,7 +190,7 @@ def _run(cells: dict[str, str], cluster_of: Callable[[str], Cluster]) -> Run:
         notes.append("global_batch is empty: memory can be told, but no time")
     if more := batch % (layout.data * micro_batches[0]):
         batch += layout.data * micro_batches[0] - more
-        notes.append(f"global_batch is no multiple of dp x micro_batch, {batch} is assumed")
+        notes.append(f"global_batch is not a multiple of dp x micro_batch, {batch} is assumed")
     plan = Plan(
         layout=layout,
         micro_batch_size=1,
@@ -239,7 +239,7 @@ def _seconds(text: str) -> float | None:
     except ValueError:
         raise UnclearRow(f"iter_s = {text!r} is not a number") from None
     if not 0.0 < seconds < 1e9:
-        raise UnclearRow(f"iter_s = {text!r} is no time of a step")
+        raise UnclearRow(f"iter_s = {text!r} is not a step time")
     return seconds
 
 
@@ -272,7 +272,7 @@ def _zero_stage(text: str) -> int:
         return 0
     found = re.fullmatch(r"(?:zero|stage)?[ _-]*([0-3])\b.*", word)
     if not found:
-        raise UnclearRow(f"zero = {text!r} is no stage from 0 to 3")
+        raise UnclearRow(f"zero = {text!r} is not a stage from 0 to 3")
     return int(found[1])
 
 

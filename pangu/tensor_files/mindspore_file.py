@@ -120,7 +120,7 @@ class Message(NamedTuple):
         except UnicodeDecodeError:
             text = "\0"
         if not text.isprintable():
-            self.refuse(self.begin, "a name that is no text")
+            self.refuse(self.begin, "a name that is not text")
         return text
 
     def _varint(self, at: int) -> tuple[int, int]:
@@ -159,7 +159,7 @@ class StoredTensor:
         """
         dtype = self.dtype
         if 0 in self.shape:
-            raise InputError(f"{path}: {name} has shape {list(self.shape)}; no weight has.")
+            raise InputError(f"{path}: {name} has shape {list(self.shape)}, which no weight has.")
         if dtype is None or not dtype.is_floating_point:
             raise InputError(f"{path}: {name} is of type {self.type_name}, expected Float16, BFloat16, Float32 or Float64.")
 

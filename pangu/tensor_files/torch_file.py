@@ -216,7 +216,7 @@ def _calls(path: Path) -> dict[str, Callable[[tuple[Any, ...]], Any]]:
         if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > 16:
             raise PickleError("a tensor without a shape")
         if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
-            raise PickleError("a tensor with a shape that is no list of counts")
+            raise PickleError("a tensor with a shape that is not a list of counts")
         last = offset + sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
         if 0 in shape and math.prod(extent or 1 for extent in shape) > WIDE:
             raise PickleError("an empty tensor of an impossible shape")

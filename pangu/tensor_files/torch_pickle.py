@@ -166,7 +166,7 @@ class Machine:
 
     def _global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
-            raise PickleError("names a class by something that is no name")
+            raise PickleError("names a class by something that is not a name")
         self._push(Global(f"{module}.{name}"))
 
     def _call(self, function: Any, args: Any) -> None:

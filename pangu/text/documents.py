@@ -159,12 +159,12 @@ def _decompressed(file: IO[bytes], path: Path, piece_bytes: int) -> Iterator[byt
             try:
                 yield decompressor.decompress(data)
             except (zlib.error, zstandard.ZstdError) as error:
-                raise InputError(f"{path}: damaged near byte {file.tell():,}: {error}. Get the file again.") from None
+                raise InputError(f"{path}: damaged near byte {file.tell():,}: {error}. Fetch the file again.") from None
             # Zeros may pad a file to a whole number of tape blocks.
             data = decompressor.unused_data.lstrip(b"\0")
             if decompressor.eof:
                 decompressor = None
     if decompressor is not None:
         raise InputError(
-            f"{path}: compressed data expected to go on, the file ends after {file.tell():,} bytes. It was cut off: get it again."
+            f"{path}: compressed data expected to go on, the file ends after {file.tell():,} bytes. It was cut off: fetch it again."
         )

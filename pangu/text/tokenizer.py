@@ -229,7 +229,7 @@ def write_model(model: bytes, directory: str | os.PathLike[str]) -> Path:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror}). Choose another directory, or make room.") from None
+        raise InputError(f"{target}: cannot be written ({error.strerror}). Choose another directory, or free some space.") from None
     return target
 
 
@@ -239,5 +239,7 @@ def make_directory(directory: str | os.PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: not a directory that can be made ({error.strerror}). Choose another place for the tokenizer.") from None
+        raise InputError(
+            f"{path}: not a directory that can be created ({error.strerror}). Choose another place for the tokenizer."
+        ) from None
     return path

@@ -208,7 +208,7 @@ def test_check_exits_with_1_on_a_breach(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(sys, "argv", ["architecture.py", "check"])
     monkeypatch.setattr(architecture, "read_tree", lambda root: architecture.parse({**below(""), "pangu/layout.py": ""}))
     assert architecture.main() == 1
-    assert re.fullmatch(r"pangu/layout\.py:1: is no program.*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"pangu/layout\.py:1: is not a program.*\n", capsys.readouterr().out)
 
 
 def test_the_drawing_of_the_real_tree_is_current(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_refusal_is_exit_code_2(corpus: Path, tmp_path: Path) -> None:
 
 def test_output_that_cannot_be_a_directory(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="not a directory that can be made"):
+    with pytest.raises(InputError, match="not a directory that can be created"):
         train_tokenizer([corpus], VOCAB_SIZE, tmp_path / "file")
 
 

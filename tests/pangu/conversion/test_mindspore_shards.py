@@ -168,7 +168,7 @@ class TestRefused:
         for file in eight.glob("*strategy*"):
             file.unlink()
         refused(eight, r"looked for \*strategy\*.ckpt there and beside it")
-        refused(tmp_path / "nothing", "no directory")
+        refused(tmp_path / "nothing", "not a directory")
 
     def test_a_rank_that_differs(self, eight: Path, golden: dict[str, np.ndarray]) -> None:
         file = eight / "filerted_6.ckpt"

@@ -97,11 +97,11 @@ def claims(shape: str, order: str = "False") -> bytes:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"", "is no .npy file"),
-        (b"PK\x03\x04", "is no .npy file"),
-        (b"\x93NUMPY\x01\x00" + b"\xff\xff" + b"(" * 70000, "is no .npy file"),
-        (b"\x93NUMPY\x02\x00" + b"\xff\xff\xff\xff" + b" " * 1000, "is no .npy file"),
-        (b"\x93NUMPY\x07\x00" + bytes(100), "is no .npy file"),
+        (b"", "is not a .npy file"),
+        (b"PK\x03\x04", "is not a .npy file"),
+        (b"\x93NUMPY\x01\x00" + b"\xff\xff" + b"(" * 70000, "is not a .npy file"),
+        (b"\x93NUMPY\x02\x00" + b"\xff\xff\xff\xff" + b" " * 1000, "is not a .npy file"),
+        (b"\x93NUMPY\x07\x00" + bytes(100), "is not a .npy file"),
         (claims("(64,)")[:-1], "holds 255 bytes of data"),
         (claims("(64,)") + b"\0", "holds 257 bytes of data"),
         (claims(f"({2**40}, {2**40})"), "needs"),
@@ -128,4 +128,4 @@ def test_a_missing_file(directory: Path) -> None:
     refused(directory, "lacks transformer.ln_f.weight")
     (directory / MAPPING).unlink()
     refused(directory, "lacks backbone.blocks.0.output.mapping.weight")
-    refused(directory / GAMMA, "no directory")
+    refused(directory / GAMMA, "not a directory")

@@ -79,7 +79,7 @@ def test_records_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another run \(seed = 1, now 2\)"):
         run(Counting(), EXAMPLES, [1, 2], ALONE, path, {**HEADER, "seed": 2})
     path.write_text("hello\nworld\n")
-    with pytest.raises(InputError, match="no header"):
+    with pytest.raises(InputError, match="not a header"):
         run(Counting(), EXAMPLES, [1, 2], ALONE, path, HEADER)
     assert path.read_text() == "hello\nworld\n"
 

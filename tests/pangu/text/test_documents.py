@@ -125,7 +125,7 @@ def test_every_truncation_of_a_compressed_file_is_refused(tmp_path: Path, suffix
 def test_damaged_compressed_file(tmp_path: Path, suffix: str) -> None:
     path = compressed(tmp_path / "corpus.txt", TXT.encode(), suffix)
     path.write_bytes(path.read_bytes() + b"rubbish")
-    with pytest.raises(InputError, match=r"damaged near byte .* Get the file again"):
+    with pytest.raises(InputError, match=r"damaged near byte .* Fetch the file again"):
         read(path)
 
 

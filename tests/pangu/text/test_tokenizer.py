@@ -125,7 +125,7 @@ def test_save_replaces_and_leaves_nothing_beside(tokenizer: PanguTokenizer, tmp_
     assert list(target.parent.iterdir()) == [target]
     assert PanguTokenizer(target.parent).sha256 == tokenizer.sha256
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="not a directory that can be made"):
+    with pytest.raises(InputError, match="not a directory that can be created"):
         tokenizer.save(tmp_path / "file")
 
 

@@ -282,9 +282,7 @@ def lay_out(sources: Sources) -> dict[str, Box]:
     y = 78.0
     for floor in FLOORS:
         files = {room: paths for room in floor if (paths := [path for path in sources if room_of(path) == room])}
-        widths = {
-            room: 170 + 20 * len(paths) for room, paths in files.items()
-        }
+        widths = {room: 170 + 20 * len(paths) for room, paths in files.items()}
         scale = min(1.0, (WIDTH - GAP * (len(files) + 1)) / max(1, sum(widths.values())))
         x = (WIDTH - scale * sum(widths.values()) - GAP * (len(files) - 1)) / 2
         names = {room: ", ".join(sorted({PurePosixPath(path).stem for path in paths} - {"__init__"})) for room, paths in files.items()}

@@ -10,8 +10,8 @@ It runs from this source with this project's own dependencies. The peers are ins
 
 It trains the 350M and the 2.6B model in bf16 on sequences of 1024 without recomputation or dropout: as pangu.train does with ZeRO-0 and
 ZeRO-1, in a plain loop without the engine, and transformers' GPT-2 of equal shape; megatron-core's GPT too if it is installed (its local
-layers, which need neither Transformer Engine nor apex). One after the other, each in a process of its own. It prints tokens per second, peak
-memory and MFU, the share of the device's peak in operations counted as pangu.config.sizes.flops_per_token does, and writes all of it
+layers, which need neither Transformer Engine nor apex). One after the other, each in a process of its own. It prints tokens per second,
+peak memory and MFU, the share of the device's peak in operations counted as pangu.config.sizes.flops_per_token does, and writes all of it
 as one JSON object. A peer that fails, for it needs more memory, is left out and named; without megatron-core the others are compared.
 """
 

@@ -19,6 +19,8 @@ from pangu.errors import InputError
 MAX_JSON_BYTES = 4 * 2**20
 """Largest JSON file in bytes that is parsed: more than ten times the largest index or manifest. Parsed, it may take thirty times as
 much."""
+MAX_TEXT_BYTES = 2**20
+"""Largest configuration or other text that people write by hand, in bytes."""
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -34,6 +36,46 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a whole file from elsewhere.
+
+    Raises:
+        OSError: see `open_file`.
+        ValueError: if it has more than `limit` bytes.
+    """
+    with open_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a whole text file from elsewhere. A byte order mark, which Windows writes, is not part of the text.
+
+    Raises:
+        OSError: see `open_file`.
+        ValueError: if it is not UTF-8 or has more than `limit` bytes.
+    """
+    return read_bytes(path, limit).decode("utf-8").removeprefix("\ufeff")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text from elsewhere.
+
+    Raises:
+        ValueError: if it is not JSON, is nested too deeply, or has NaN, an infinity or a number of thousands of digits.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def load_json(path: Path) -> Any:
     """Read a JSON file from elsewhere.
 
@@ -41,14 +83,7 @@ def load_json(path: Path) -> Any:
         OSError: see `open_file`.
         ValueError: if it is not JSON, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
     """
-    with open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
-            raise ValueError(f"{size:,} bytes, at most {MAX_JSON_BYTES:,} expected")
-        text = file.read(size)
-    try:
-        return json.loads(text.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(read_text(path, MAX_JSON_BYTES))
 
 
 def sync(path: Path) -> None:

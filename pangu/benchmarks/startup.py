@@ -163,7 +163,8 @@ def checkpoint(folder: str, millions: str, repeats: str) -> None:
     from pangu.config import load_config
     from pangu.config.layout import resolve
     from pangu.engine.engine import TrainingEngine
-    from pangu.training.checkpoint import Progress, load_checkpoint, save_checkpoint, verify
+    from pangu.engine.manifest import Progress
+    from pangu.training.checkpoint import load_checkpoint, save_checkpoint, verify
 
     layers, width = 4, 64 * round((int(millions) * 1e6 / 4 / 12) ** 0.5 / 64) or 64
     sizes = [f"model.num_layers={layers}", f"model.hidden_size={width}", f"model.num_heads={width // 64}"]

@@ -29,10 +29,9 @@ from megatron_ext.errors import LayoutError
 from megatron_ext.sharding import ShardSpec, spec_of
 from pangu.config import ModelConfig
 from pangu.config.sizes import check_sizes
-from pangu.engine.manifest import MANIFEST, complete_steps
+from pangu.engine.manifest import MANIFEST, Progress, complete_steps, read_manifest
 from pangu.engine.pipeline import pipeline_layers, quiet
 from pangu.errors import InputError
-from pangu.files import load_json
 from pangu.model.block import RunOptions
 from pangu.model.model import PanguModel
 from pangu.tensor_files.lazy_tensor import LazyTensor, merged
@@ -54,7 +53,7 @@ class Checkpoint:
     stage_layers: Any
     """Layers of each pipeline stage from the manifest, unchecked; None in an older manifest."""
     precision: str
-    progress: dict[str, Any]
+    progress: Progress
     opened: set[str] = field(default_factory=set)
 
     @property
@@ -106,24 +105,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     folder = locate(path)
     try:
-        manifest = load_json(folder / MANIFEST)
-        identity = manifest["identity"]
-        sizes = {name: described["bytes"] for name, described in manifest["files"].items()}
+        manifest = read_manifest(folder)
+        identity: dict[str, Any] = manifest.identity
+        sizes = {name: described.bytes for name, described in manifest.files.items()}
         layout = {key: identity[stored] for key, stored in _LAYOUT.items()}
         model = {key: identity[f"model.{key}"] for key in ModelConfig.model_fields if f"model.{key}" in identity}
         stage_layers = identity.get("parallel.stage_layers")
-        precision, progress = identity["train.precision"], manifest["progress"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        precision = identity["train.precision"]
+    except (OSError, ValueError, KeyError):
         raise InputError(f"{folder / MANIFEST}: not the manifest of a complete checkpoint.") from None
     lowest = {"tensor": 1, "pipeline": 1, "data": 1, "zero": 0}
     whole = all(type(value) is int and lowest[key] <= value <= len(sizes) + 3 for key, value in layout.items())
-    if not whole or precision not in ("fp32", "bf16", "fp16") or not isinstance(progress, dict) or not all(map(_is_size, sizes.values())):
+    if not whole or precision not in ("fp32", "bf16", "fp16"):
         raise InputError(f"{folder / MANIFEST}: describes an impossible layout: {json.dumps(layout)[:200]}.")
-    return Checkpoint(folder, sizes, layout, model, stage_layers, precision, progress)
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
+    return Checkpoint(folder, sizes, layout, model, stage_layers, precision, manifest.progress)
 
 
 # --- what each layout left ----------------------------------------------------------------------------------------------------------------

@@ -4,16 +4,16 @@ DeepSpeed writes `latest` before the other ranks have written their files, each 
 cannot be loaded. Here everything is written to `step_N.partial`; when every rank has voted that its files are complete and on disk, rank 0
 writes their hashes to `manifest.json`, renames the directory, and moves `latest` last. A directory without the suffix is complete.
 
-Checkpoints are DeepSpeed's pickles: load only what your own runs have written. Weights are exchanged as safetensors (pangu.conversion).
+The files are DeepSpeed's pickles, read without executing what they contain (pangu.engine.checkpoint_files).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,22 @@ from pangu.config.stages import balanced_layers
 from pangu.engine.checkpoint_files import load_files, save_files
 from pangu.engine.checkpoint_writer import FileWriter
 from pangu.engine.engine import TrainingEngine
-from pangu.engine.manifest import LATEST, MANIFEST, complete_steps, file_problem, step_name, step_number
+from pangu.engine.manifest import (
+    LATEST,
+    MANIFEST,
+    Progress,
+    complete_steps,
+    file_problem,
+    manifest_problems,
+    read_manifest,
+    step_directories,
+    step_name,
+    step_number,
+    write_manifest,
+)
 from pangu.engine.reshard import load_resharded
 from pangu.errors import InputError
 from pangu.files import lock, recover, remove, sync, write_durably
-
-
-@dataclass
-class Progress:
-    """The progress of a run. The whole state of the sampler is `consumed_samples`."""
-
-    step: int = 0
-    """Number of optimizer steps taken, skipped ones included."""
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last good steps, oldest first (pangu.training.anomalies)."""
-    bad_steps: int = 0
-    """Number of bad steps since the last good one."""
 
 
 def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
@@ -73,7 +71,7 @@ def start_save(engine: TrainingEngine, progress: Progress, *, background: bool =
 
     _together(prepare, world, f"{root}: cannot be prepared for a checkpoint")
     writer = save_files(engine, partial, {"progress": asdict(progress)}, background=background)
-    return PendingSave(engine, partial, asdict(progress), writer)
+    return PendingSave(engine, partial, copy.deepcopy(progress), writer)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class PendingSave:
 
     engine: TrainingEngine
     partial: Path
-    progress: dict[str, Any]
+    progress: Progress
     writer: FileWriter
 
     def is_written(self) -> bool:
@@ -104,8 +102,7 @@ class PendingSave:
             if world.rank == 0:
                 identity = _layout_identity(engine) | _model_identity(engine.config)
                 files = {name: described for share in shares for name, described in share.items()}
-                manifest = {"format": 1, "progress": self.progress, "identity": identity, "files": files}
-                write_durably(self.partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+                write_manifest(self.partial, self.progress, identity, files)
                 if final.exists():  # this step was trained again
                     _set_aside(final, "replaced")
                 os.rename(self.partial, final)
@@ -198,7 +195,7 @@ def find_checkpoint(config: Config, world: Group) -> Path | None:
             holds checkpoints of later steps than the run would start at: its own would mix with them.
     """
     resume, root = config.checkpoint.resume, config.checkpoint_dir
-    steps = broadcast_object(complete_steps(root) if world.rank == 0 else None, world)
+    steps = broadcast_object(step_directories(root) if world.rank == 0 else None, world)
     if resume != "auto":
         path = None if resume == "never" else Path(resume)
         if path is not None and (problem := verify(path, world)):
@@ -237,9 +234,9 @@ def finished_step(config: Config) -> int | None:
         return None
     manifest = root / steps[-1] / MANIFEST
     try:
-        identity = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+        identity = read_manifest(root / steps[-1]).identity
         is_older = weights.stat().st_mtime < manifest.stat().st_mtime
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
     return None if is_older or _differences(identity, _model_identity(config)) else newest
 
@@ -253,8 +250,12 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
     Raises:
         InputError: if it was made by another model, optimizer or precision.
     """
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    found, progress = manifest["identity"], Progress(**manifest["progress"])
+    try:
+        manifest = read_manifest(path)
+    except (OSError, ValueError):
+        raise InputError(f"{path}: its {MANIFEST} cannot be read any more. Restore it, or resume from another checkpoint.") from None
+    found: dict[str, Any] = dict(manifest.identity)
+    progress = manifest.progress
     different = _differences(found, _model_identity(engine.config))
     if different:
         raise InputError(
@@ -285,10 +286,10 @@ def verify(path: Path, world: Group) -> str | None:
 
 
 def _problem_of(path: Path, world: Group) -> str | None:
-    try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"it has no readable {MANIFEST}, so it is not a complete checkpoint"
+    manifest, problems = manifest_problems(path)
+    if manifest is None or problems:
+        return problems[0]
+    files = manifest.files
     return next(filter(None, (file_problem(path / name, files[name]) for name in sorted(files)[world.rank :: world.size])), None)
 
 

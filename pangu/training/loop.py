@@ -20,11 +20,11 @@ from pangu.data.batches import Batch, micro_batches
 from pangu.data.blending import BlendedDataset
 from pangu.data.sampler import Sampler
 from pangu.engine.engine import StepResult, TrainingEngine
-from pangu.engine.manifest import step_name
+from pangu.engine.manifest import Progress, step_name
 from pangu.engine.replicas import ReplicaCheck
 from pangu.errors import InputError
 from pangu.training.anomalies import HISTORY, Policy, decide, fault_of, loss_limit
-from pangu.training.checkpoint import CheckpointSaver, Progress, load_checkpoint, verify
+from pangu.training.checkpoint import CheckpointSaver, load_checkpoint, verify
 from pangu.training.learning_rate import learning_rate
 from pangu.training.metrics import Metrics, peak_memory_bytes
 from pangu.training.step_profile import StepProfile

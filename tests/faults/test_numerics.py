@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.harness import run_distributed
 from helpers.layouts import random_batches, small_config, start
+from helpers.manifests import edit_manifest
 
 from megatron_ext.collectives import world_rank, world_size
 from megatron_ext.sharding import canonical_parameters
@@ -263,10 +264,8 @@ def test_rollback_goes_on_from_the_checkpoint_with_later_data(
     shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "b/run/checkpoints/step_00000008")
     (tmp_path / "b/run/metrics.jsonl").unlink()
-    manifest = tmp_path / "b/run/checkpoints/step_00000004/manifest.json"
-    values = json.loads(manifest.read_text())
-    values["progress"] |= {"consumed_samples": 48, "consumed_tokens": 48 * 16}
-    manifest.write_text(json.dumps(values))
+    counts = {"consumed_samples": 48, "consumed_tokens": 48 * 16}
+    edit_manifest(tmp_path / "b/run/checkpoints/step_00000004", lambda manifest: manifest["progress"].update(counts))
     resumed, error = run_distributed(run, world_size, str(tmp_path / "b"), common, {})[0]
     assert not error
     assert [(line["step"], line["loss"], line["grad_norm"]) for line in resumed] == [

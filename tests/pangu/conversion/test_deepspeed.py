@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.harness import run_distributed
 from helpers.layouts import random_batches, small_config, start
+from helpers.manifests import edit_manifest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -139,12 +140,6 @@ def refusal(path: Path) -> str:
             tensor.read()
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     return str(error.value)
-
-
-def edit_manifest(step: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    manifest = json.loads((step / MANIFEST).read_text())
-    change(manifest)
-    (step / MANIFEST).write_text(json.dumps(manifest))
 
 
 def edit_file(file: Path, change: Callable[[Any], Any]) -> None:

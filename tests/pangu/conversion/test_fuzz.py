@@ -69,7 +69,11 @@ def training_checkpoint(folder: Path) -> None:
     torch.save({"module": dict(model.named_parameters()), "step": 3}, folder / name)
     identity = {f"model.{key}": value for key, value in CONFIG.model_dump().items() if key != "preset"}
     identity |= {"parallel.tensor": 1, "parallel.pipeline": 1, "data-parallel size": 1, "parallel.zero_stage": 1, "train.precision": "fp32"}
-    manifest = {"identity": identity, "files": {name: {"bytes": (folder / name).stat().st_size}}, "progress": {"step": 3}}
+    manifest = {
+        "identity": identity,
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": "0" * 64}},
+        "progress": {"step": 3},
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

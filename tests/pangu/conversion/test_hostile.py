@@ -199,11 +199,11 @@ def test_a_manifest_of_an_impossible_model_is_refused(key: str, told: Any, tmp_p
     identity = {f"model.{name}": size for name, size in (sizes | {key: told}).items()}
     identity |= {"parallel.tensor": 1, "parallel.pipeline": 1, "data-parallel size": 1, "parallel.zero_stage": 1, "train.precision": "fp32"}
     torch.save({"module": {"a": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "mp_rank_00_model_states.pt")
-    files = {"mp_rank_00_model_states.pt": {"bytes": (tmp_path / "mp_rank_00_model_states.pt").stat().st_size}}
+    files = {"mp_rank_00_model_states.pt": {"bytes": (tmp_path / "mp_rank_00_model_states.pt").stat().st_size, "sha256": "0" * 64}}
     (tmp_path / MANIFEST).write_text(json.dumps({"identity": identity, "files": files, "progress": {}}))
     refusal(tmp_path, lambda: formats.open_weights(tmp_path, HEADS))
     identity["parallel.pipeline"] = 2
-    files |= {f"layer_{index:02d}-model_00-model_states.pt": {"bytes": 5} for index in range(9)}
+    files |= {f"layer_{index:02d}-model_00-model_states.pt": {"bytes": 5, "sha256": "0" * 64} for index in range(9)}
     (tmp_path / MANIFEST).write_text(json.dumps({"identity": identity, "files": files, "progress": {}}))
     refusal(tmp_path, lambda: formats.open_weights(tmp_path, HEADS))
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.harness import run_distributed
 from helpers.layouts import random_batches, small_config, start
+from helpers.manifests import edit_manifest
 from helpers.mindspore_bytes import checkpoint, strategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from pangu.conversion.inspection import Inspection, bytes_to_verify, look, measu
 from pangu.conversion.weights import Overrides, Weights, WriteOptions, model_specs
 from pangu.errors import InputError
 from pangu.tensor_files.lazy_tensor import LazyTensor
-from pangu.training.checkpoint import MANIFEST, Progress, save_checkpoint
+from pangu.training.checkpoint import Progress, save_checkpoint
 
 Tensors = dict[str, Tensor]
 FORMATS = ["huggingface", "npy", "mindspore", "megatron"]
@@ -399,9 +400,7 @@ def test_replicas_of_training_that_differ(step: Path) -> None:
     root = torch.load(file, weights_only=False)
     root["module"]["ln_f.weight"][2] += 1
     torch.save(root, file)
-    manifest = json.loads((step / MANIFEST).read_text())
-    manifest["files"][file.name]["bytes"] = file.stat().st_size
-    (step / MANIFEST).write_text(json.dumps(manifest))
+    edit_manifest(step, lambda manifest: manifest["files"][file.name].update(bytes=file.stat().st_size))
     problems = report_of(step)
     assert "transformer.ln_f.weight differs in tensor rank 1 from what is read (1 of 32 numbers, the first at [2])" in problems
     assert any("its sha256 differs" in problem for problem in problems) and len(problems) == 2
@@ -411,7 +410,5 @@ def test_replicas_of_training_that_differ(step: Path) -> None:
 @pytest.mark.parametrize("name", ["../outside", "inside"])
 def test_a_manifest_that_leads_elsewhere_is_not_followed(name: str, described: Any, step: Path) -> None:
     (step.parent / "outside").write_bytes(b"abc")
-    manifest = json.loads((step / MANIFEST).read_text())
-    manifest["files"][name] = described
-    (step / MANIFEST).write_text(json.dumps(manifest))
-    assert any(f"under {name!r}" in problem for problem in report_of(step))
+    edit_manifest(step, lambda manifest: manifest["files"].update({name: described}))
+    assert any("its manifest.json is not as it was written" in problem for problem in report_of(step))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pangu.engine.checkpoint_writer import FileWriter, on_host
-from pangu.engine.manifest import file_problem
+from pangu.engine.manifest import FileEntry, file_problem
 
 INNER = SimpleNamespace(zipfile_serialization=True, name="DeepSpeed's own")
 
@@ -32,7 +32,7 @@ def test_files_are_described_as_they_are(background: bool, tmp_path: Path) -> No
     writer.close()
     described = writer.finish()
     assert writer.is_done() and sorted(described) == ["a.pt", "b.pt"]
-    assert all(file_problem(tmp_path / name, entry) is None for name, entry in described.items())
+    assert all(file_problem(tmp_path / name, FileEntry(**entry)) is None for name, entry in described.items())
     found = torch.load(tmp_path / "a.pt", weights_only=True)
     assert torch.equal(found["whole"], torch.arange(6.0)) and found["step"] == 3
     assert found["part"].untyped_storage()._cdata == found["whole"].untyped_storage()._cdata  # one memory, stored once

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pangu.engine.manifest import MANIFEST, complete_steps, file_problem, sha256, step_name, step_number
+from pangu.engine.manifest import MANIFEST, FileEntry, complete_steps, file_problem, sha256, step_name, step_number
 
 
 @pytest.mark.parametrize("step", [0, 7, 99_999_999, 100_000_000])
@@ -34,8 +34,8 @@ def test_a_file_is_what_its_manifest_says_or_it_is_named(tmp_path: Path) -> None
     data = bytes(range(256)) * 5000  # more than one block
     file = tmp_path / "states.pt"
     file.write_bytes(data)
-    described = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert sha256(file) == described["sha256"]
+    described = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    assert sha256(file) == described.sha256
     assert file_problem(file, described) is None
     file.write_bytes(data[:-1] + b"\0")
     assert "states.pt has changed" in str(file_problem(file, described))

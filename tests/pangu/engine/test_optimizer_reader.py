@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.harness import run_distributed
 from helpers.layouts import random_batches, small_config, start
+from helpers.manifests import edit_manifest
 from torch import Tensor
 
 from megatron_ext.collectives import all_gather
@@ -145,9 +146,7 @@ def test_a_part_that_is_missing_is_named(layout: str, runs: tuple[Path, dict[str
     root = torch.load(victim, weights_only=False)
     spoil(root, layout)
     torch.save(root, victim)
-    manifest = json.loads((step / "manifest.json").read_text())
-    manifest["files"][victim.name]["bytes"] = victim.stat().st_size
-    (step / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(step, lambda manifest: manifest["files"][victim.name].update(bytes=victim.stat().st_size))
     with pytest.raises(InputError, match=r"elements are there|not as long as its parameters need") as error:
         for tensors in read_optimizer(step).tensors.values():
             for tensor in tensors.values():

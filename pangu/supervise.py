@@ -1,6 +1,6 @@
 """Restart a training command when it crashes, for launchers that do not.
 
-    python tools/supervise.py -- deepspeed --num_gpus 8 --module pangu.train --config ds_configs/350M.yaml
+    python tools/supervise.py -- deepspeed --log_level warning --num_gpus 8 --module pangu.train --config ds_configs/350M.yaml
     python tools/supervise.py --max-restarts 5 -- python -m pangu.train --config ds_configs/quickstart.yaml
 
 A crash is any exit code except 0 (done, or saved after a signal) and 2 (refused input). The run continues from its newest checkpoint. After

@@ -2,7 +2,7 @@
 
     python -m pangu.train --config ds_configs/quickstart.yaml [section.key=value ...]
     torchrun --nproc-per-node 4 -m pangu.train --config ds_configs/quickstart.yaml parallel.tensor=2 parallel.pipeline=2
-    deepspeed --num_gpus 4 --module pangu.train --config ds_configs/quickstart.yaml parallel.tensor=2 parallel.pipeline=2
+    deepspeed --log_level warning --num_gpus 4 --module pangu.train --config ds_configs/quickstart.yaml parallel.tensor=2
     python -m pangu.train --dry-run --config ds_configs/200B.yaml --world-size 2048
     python -m pangu.train --print-config --config ds_configs/quickstart.yaml optimizer.lr=1e-3
 

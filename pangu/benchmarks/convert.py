@@ -16,9 +16,7 @@ import filecmp
 import math
 import os
 import shutil
-import statistics
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Sequence
@@ -27,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from pangu.benchmarks.machine import Usage, watch
-from pangu.benchmarks.results import of_ways
+from pangu.benchmarks import harness
+from pangu.benchmarks.machine import Usage, last_line, watch
 from pangu.config.presets import MODEL_PRESETS
 from pangu.errors import InputError
 from pangu.files import remove, sync
@@ -53,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=MODEL_PRESETS, default="2.6B", help="size of the model (default: %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="its layers, query layer included; default: the preset's")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="of the weights (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="K", help="of each copy and conversion (default: %(default)s)")
-    parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="on the disk to measure (default: this directory)")
+    harness.add_counts(parser, {"repeats": (3, "of each copy and conversion")})
+    harness.add_workdir(parser, "on the disk to measure")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,22 +65,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from pangu.config import ModelConfig
 
-    for option in ("layers", "repeats"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise InputError(f"--{option} {value}: expected 1 or more.")
+    harness.check_counts(arguments, "layers", "repeats")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
     layers = {} if arguments.layers is None else {"num_layers": arguments.layers}
     # The 200B model's final norm sits where the published port, which megatron files are for, cannot have it.
     model = ModelConfig.model_validate({"preset": arguments.preset, "final_norm": "before_query", **layers})
     weights = random_weights(model, dtype)
     sizes = [math.prod(tensor.shape) * dtype.itemsize for tensor in weights.tensors.values()]
-    _check_room(arguments.workdir, sum(sizes))
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-convert-", dir=arguments.workdir))
-    try:
+    with harness.working_folder(arguments) as folder:
+        _check_room(arguments.workdir, sum(sizes))
         ours, copies = _measure(folder, weights, arguments.repeats)
-    finally:
-        remove(folder)
     return {
         "model": {
             "preset": arguments.preset,
@@ -91,8 +83,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "bytes": sum(sizes),
             "largest_tensor_bytes": max(sizes),
         },
-        "ours": of_ways(ours),
-        "peers": {"copy": of_ways(copies)},
+        "ours": harness.of_ways(ours),
+        "peers": {"copy": harness.of_ways(copies)},
         "ratios": {"copy": {f"seconds, {step}": copies[step]["seconds"] / ours[step]["seconds"] for step in ours}},
     }
 
@@ -116,10 +108,7 @@ def random_weights(model: ModelConfig, dtype: torch.dtype) -> Weights:
 
 def _check_room(workdir: Path, size: int) -> None:
     """There must be room for the source, a conversion's input and its output."""
-    try:
-        free = shutil.disk_usage(workdir).free
-    except OSError as error:
-        raise InputError(f"--workdir {workdir}: {error.strerror}. Name a directory that exists.") from None
+    free = shutil.disk_usage(workdir).free
     needed = 3 * size + 2**28
     if free < needed:
         raise InputError(
@@ -129,40 +118,19 @@ def _check_room(workdir: Path, size: int) -> None:
 
 
 def _measure(folder: Path, weights: Weights, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of the conversions and of the copies, by step."""
     from pangu.conversion.convert import convert
     from pangu.conversion.weights import WriteOptions
 
-    _say(f"writing random weights to {folder}")
-    source = folder / "mindspore.ckpt"
+    harness.say(f"writing random weights to {folder}")
+    source = given = folder / "mindspore.ckpt"
     convert(weights, "mindspore", source, WriteOptions())
-    given = source
     ours: dict[str, Any] = {}
     copies: dict[str, Any] = {}
     for number, (before, after, options) in enumerate(STEPS):
         step, output = f"{before} -> {after}", folder / f"{number}-{after}"
         command = [sys.executable, *TOOL, "--from", before, "--to", after, "--input", given, *options, "--output"]
-        baseline = _run([*command, folder], refused="exists already")
-        copied: list[float] = []
-        converted: list[Usage] = []
-        for repeat in range(1, repeats + 1):
-            remove(output)
-            _drop_from_cache(given)
-            copied.append(copy(given, folder / "copy"))
-            remove(folder / "copy")
-            _drop_from_cache(given)
-            converted.append(_run([*command, output]))
-            _say(f"{step}: {repeat} of {repeats}: copy {copied[-1]:.1f} s, conversion {converted[-1].seconds:.1f} s")
-        peak = max(usage.peak_bytes for usage in converted)
-        ours[step] = {
-            "seconds": statistics.median(usage.seconds for usage in converted),
-            "all_seconds": [usage.seconds for usage in converted],
-            "peak_bytes": peak,
-            "baseline_bytes": baseline.peak_bytes,
-            "over_baseline_bytes": peak - baseline.peak_bytes,
-            "anonymous_over_baseline_bytes": max(usage.anonymous_bytes for usage in converted) - baseline.anonymous_bytes,
-            "baseline_seconds": baseline.seconds,
-        }
-        copies[step] = {"seconds": statistics.median(copied), "all_seconds": copied}
+        ours[step], copies[step] = _measure_step(step, command, given, output, repeats)
         if given != source:
             remove(given)
         given = output
@@ -171,11 +139,41 @@ def _measure(folder: Path, weights: Weights, repeats: int) -> tuple[dict[str, An
     return ours, copies
 
 
+def _measure_step(step: str, command: list[object], given: Path, output: Path, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of a conversion, whose command lacks its output, and of copying what it is given."""
+    baseline = _run([*command, given.parent], refused="exists already")
+    converted: list[Usage] = []
+
+    def conversion() -> float:
+        remove(output)
+        _drop_from_cache(given)
+        converted.append(_run([*command, output]))
+        return converted[-1].seconds
+
+    def copying() -> float:
+        _drop_from_cache(given)
+        seconds = copy(given, given.parent / "copy")
+        remove(given.parent / "copy")
+        return seconds
+
+    seconds = harness.take_turns({"conversion": conversion, "copy": copying}, repeats, label=f"{step}, turn")
+    peak = max(usage.peak_bytes for usage in converted)
+    ours = {
+        **harness.median_and_all("seconds", seconds["conversion"]),
+        "peak_bytes": peak,
+        "baseline_bytes": baseline.peak_bytes,
+        "over_baseline_bytes": peak - baseline.peak_bytes,
+        "anonymous_over_baseline_bytes": max(usage.anonymous_bytes for usage in converted) - baseline.anonymous_bytes,
+        "baseline_seconds": baseline.seconds,
+    }
+    return ours, harness.median_and_all("seconds", seconds["copy"])
+
+
 def _run(command: Sequence[object], refused: str = "") -> Usage:
     """A conversion that is done, or refused with these words."""
     usage = watch(command)
     if usage.exit_code != (2 if refused else 0) or refused not in usage.errors:
-        raise InputError(f"a conversion failed: {(usage.errors.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')}")
+        raise InputError(f"a conversion failed: {last_line(usage.errors)}")
     return usage
 
 
@@ -211,22 +209,17 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a column for each conversion."""
     model, ours, copies, ratios = result["model"], result["ours"], result["peers"]["copy"], result["ratios"]["copy"]
     steps = [f"{before} -> {after}" for before, after, _ in STEPS]
-    table = Table(
-        title=f"{model['preset']}, num_layers {model['layers']}, {model['dtype']}: {model['bytes'] / 1e9:.2f} GB, "
+    table = harness.new_table(
+        f"{model['preset']}, num_layers {model['layers']}, {model['dtype']}: {model['bytes'] / 1e9:.2f} GB, "
         f"largest tensor {model['largest_tensor_bytes'] / 1e6:,.0f} MB\nthe round trip gives the same bytes",
-        caption=result["device"],
+        result["device"],
+        "",
+        *(step.replace(" -> ", "\n-> ") for step in steps),
     )
-    table.add_column("", no_wrap=True)
-    for step in steps:
-        table.add_column(step.replace(" -> ", "\n-> "), justify="right", no_wrap=True)
     table.add_row("seconds", *(f"{ours[f'seconds, {step}']:.1f}" for step in steps))
     table.add_row("copy, seconds", *(f"{copies[f'seconds, {step}']:.1f}" for step in steps))
     table.add_row("speed of copying", *(f"{ratios[f'seconds, {step}']:.2f}x" for step in steps))

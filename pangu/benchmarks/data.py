@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from pangu.benchmarks.machine import watch
-from pangu.benchmarks.results import median_and_all, of_ways
+from pangu.benchmarks import harness
+from pangu.benchmarks.machine import call, last_line, watch
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,24 +33,18 @@ VOCAB, SEPARATOR, PAD, SEED = 40000, 9, 6, 1
 KINDS = {"articles": 500, "messages": 20}
 """Documents by their median length in tokens; lengths are log-normal."""
 MICRO_BATCHES = (1, 8)
-OPEN = """
-import sys, time
-sys.path[:0] = sys.argv[2:]
-from pangu.benchmarks import data
-from pangu.data import build
-began = time.perf_counter()
-data.opened(sys.argv[1], 1024)[0]
-print(time.perf_counter() - began, file=sys.stderr)
-"""
+COUNTS = {
+    "documents": (10_000_000, "of the index"),
+    "tokens": (50_000_000, "of each data set to load"),
+    "sequence": (1024, "tokens of a sample"),
+    "repeats": (5, "of each measurement"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    parser.add_argument("--documents", type=int, default=10_000_000, metavar="N", help="of the index (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=50_000_000, metavar="N", help="of each data set to load (default: %(default)s)")
-    parser.add_argument("--sequence", type=int, default=1024, metavar="N", help="tokens of a sample (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="of each measurement (default: %(default)s)")
-    parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="for the data sets (default: this directory)")
+    harness.add_counts(parser, COUNTS)
+    harness.add_workdir(parser, "for the data sets")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -60,31 +53,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if an option is impossible or a data set cannot be written.
     """
-    for option in ("documents", "tokens", "sequence", "repeats"):
-        if getattr(arguments, option) < 1:
-            raise InputError(f"--{option} {getattr(arguments, option)}: expected 1 or more.")
-    if not arguments.workdir.is_dir():
-        raise InputError(f"--workdir {arguments.workdir}: no such directory. Name one that exists.")
-    with tempfile.TemporaryDirectory(prefix="benchmark-data-", dir=arguments.workdir) as name:
+    harness.check_counts(arguments, *COUNTS)
+    with harness.working_folder(arguments) as folder:
         loading: dict[str, Any] = {}
         for kind, length in KINDS.items():
-            prefix = Path(name) / kind
+            prefix = folder / kind
             write(prefix, max(1, arguments.tokens // length), length)
             dataset = opened(str(prefix), arguments.sequence)
             for size in MICRO_BATCHES:
                 speeds = [load(dataset, size, arguments.tokens // 10, turn) for turn in range(arguments.repeats + 1)][1:]
-                loading[f"{kind}, micro-batch {size}"] = median_and_all("tokens_per_second", speeds)
-                print(f"{kind}, micro-batch {size}: {statistics.median(speeds) / 1e6:.1f} M tokens/s", file=sys.stderr, flush=True)
-        prefix = Path(name) / "index"
+                loading[f"{kind}, micro-batch {size}"] = harness.median_and_all("tokens_per_second", speeds)
+                harness.say(f"{kind}, micro-batch {size}: {statistics.median(speeds) / 1e6:.1f} M tokens/s")
+        prefix = folder / "index"
         write(prefix, arguments.documents, KINDS["messages"])
-        runs = [watch([sys.executable, "-c", OPEN, prefix, *sys.path]) for _ in range(arguments.repeats)]
+        runs = [watch([sys.executable, *call("pangu.benchmarks.data.open_index", prefix)]) for _ in range(arguments.repeats)]
     if failed := [run for run in runs if run.exit_code]:
-        raise InputError(f"the index could not be built: {(failed[0].errors.strip().splitlines() or ['no message'])[-1]}")
+        raise InputError(f"the index could not be built: {last_line(failed[0].errors)}")
     seconds = [float(run.errors.split()[-1]) for run in runs]
-    index = {**median_and_all("seconds", seconds), "peak_bytes": max(run.peak_bytes for run in runs)}
+    index = {**harness.median_and_all("seconds", seconds), "peak_bytes": max(run.peak_bytes for run in runs)}
     return {
         "model": {"sequence": arguments.sequence, "documents": arguments.documents, "loading": list(loading)},
-        "ours": of_ways({**loading, "index": index}),
+        "ours": harness.of_ways({**loading, "index": index}),
         "peers": {},
         "ratios": {},
     }
@@ -120,6 +109,15 @@ def opened(prefix: str, sequence: int) -> BlendedDataset:
     return training
 
 
+def open_index(prefix: str) -> None:
+    """Open a data set, read a sample, and print the seconds after the imports on standard error."""
+    from pangu.data import build  # noqa: F401
+
+    began = time.perf_counter()
+    opened(prefix, 1024)[0]
+    harness.say(str(time.perf_counter() - began))
+
+
 def load(dataset: BlendedDataset, micro_batch: int, tokens: int, turn: int) -> float:
     """Tokens a second of a stretch of micro-batches, another one each turn."""
     from pangu.data.batches import micro_batches
@@ -142,13 +140,13 @@ def table(result: dict[str, Any]) -> Table:
     """The result for people."""
     model, ours = result["model"], result["ours"]
     megabytes = ours["peak_bytes, index"] / 1e6
-    table = Table(
-        title=f"index of {model['documents']:,} documents: {ours['seconds, index']:.2f} s, {megabytes:,.0f} MB at most",
-        caption=f"{result['device']}; samples of {model['sequence']}",
+    table = harness.new_table(
+        f"index of {model['documents']:,} documents: {ours['seconds, index']:.2f} s, {megabytes:,.0f} MB at most",
+        f"{result['device']}; samples of {model['sequence']}",
+        *("loading", "M tokens/s", "range"),
     )
-    for heading in ("loading", "M tokens/s", "range"):
-        table.add_column(heading, justify="left" if heading == "loading" else "right", no_wrap=True)
     for name in model["loading"]:
-        every = ours[f"all_tokens_per_second, {name}"]
-        table.add_row(name, f"{ours[f'tokens_per_second, {name}'] / 1e6:.1f}", f"{min(every) / 1e6:.1f} .. {max(every) / 1e6:.1f}")
+        table.add_row(
+            name, f"{ours[f'tokens_per_second, {name}'] / 1e6:.1f}", harness.span(ours[f"all_tokens_per_second, {name}"], ".1f", 1e6)
+        )
     return table

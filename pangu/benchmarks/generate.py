@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from pangu.benchmarks import turns
+from pangu.benchmarks import harness, turns
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ COUNTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    turns.add_counts(parser, COUNTS)
+    turns.add_arguments(parser, COUNTS)
     parser.add_argument("--weights", type=Path, metavar="DIR", help="trained weights with their vocab.model; needs --text")
     parser.add_argument("--text", type=Path, metavar="FILE", help="what they read, in UTF-8; needs --weights")
 
@@ -149,19 +149,20 @@ def table(result: dict[str, Any]) -> Table:
     if EXACT in result["peers"]:
         return _exactness_table(result)
     model = result["model"]
-    return turns.speed_table(
+    return harness.speed_table(
         result,
         f"greedy, batch {model['batch']}, prompt {model['prompt']} + {model['new']} new; {model['layers']} layers, hidden "
         f"{model['hidden']}, vocabulary {model['vocab']}\nfp32 ids equal recomputation without a cache: "
         + ("yes" if result["same_ids_as_recomputation"] else "NO"),
+        f"{result['device']}; {model['threads']} threads, {model['clock']} time",
+        *("tokens_per_second", "tokens/s", ".1f"),
     )
 
 
 def _exactness_table(result: dict[str, Any]) -> Table:
     model, same = result["model"], result["ours"]["same_likeliest_token"]
-    table = Table(title=f"{model['tokens']:,} tokens; the likeliest token is the same for {same:.2%}", caption=result["device"])
-    table.add_column("weights")
-    table.add_column("perplexity", justify="right")
+    title = f"{model['tokens']:,} tokens; the likeliest token is the same for {same:.2%}"
+    table = harness.new_table(title, result["device"], "weights", "perplexity")
     for name, one in (("8 bits", result["ours"]), (EXACT, result["peers"][EXACT])):
         table.add_row(name, f"{one['perplexity']:.4f}")
     return table

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from pangu.benchmarks.results import of_ways
-from pangu.benchmarks.workers import Way, take_turns
+from pangu.benchmarks import harness
+from pangu.benchmarks.harness import of_ways
+from pangu.benchmarks.workers import Way, on_cpu, take_turns
 from pangu.errors import InputError
 
 BASE = {"sequence": 256, "batch": 4, "layers": 4, "hidden": 256, "vocab": 8192}
@@ -31,11 +31,9 @@ PEER = "arithmetic"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    for name, default in BASE.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="of the base shape (default: %(default)s)")
-    parser.add_argument("--doublings", type=int, default=2, metavar="N", help="of each size (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each shape, after two (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core that this process may use")
+    harness.add_counts(parser, {name: (default, "of the base shape") for name, default in BASE.items()})
+    harness.add_counts(parser, {"doublings": (2, "of each size"), "repeats": (5, "steps of each shape, after two")})
+    harness.add_threads(parser)
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw it into a .png, .svg or .pdf")
 
 
@@ -45,21 +43,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if an option is impossible, a process ends early, or the chart cannot be written.
     """
-    for name in (*BASE, "doublings", "repeats", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: expected 1 or more.")
+    base = harness.check_counts(arguments, *BASE)
+    harness.check_counts(arguments, "doublings", "repeats", "threads")
     if arguments.hidden % HEAD_SIZE:
         raise InputError(f"--hidden {arguments.hidden}: a multiple of {HEAD_SIZE} expected, the size of a head.")
     if arguments.chart:
         _figure()  # refused now and not after minutes
-    base = {name: getattr(arguments, name) for name in BASE}
     shapes = {"base": base} | {
         f"{name} {base[name] * 2**power}": base | {name: base[name] * 2**power}
         for name in base
         for power in range(1, arguments.doublings + 1)
     }
-    threads = arguments.threads or len(os.sched_getaffinity(0))
+    threads = arguments.threads or harness.cores()
     measured: dict[str, tuple[float, int]] = {}
     for name, shape in shapes.items():
         (course,) = take_turns([Way(name, settings(shape), threads=threads)], arguments.repeats).values()
@@ -82,26 +77,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def settings(shape: dict[str, int]) -> dict[str, Any]:
     """A run of this shape."""
-    return {
-        "model": {
-            "num_layers": shape["layers"],
-            "hidden_size": shape["hidden"],
-            "num_heads": shape["hidden"] // HEAD_SIZE,
-            "vocab_size": shape["vocab"],
-            "max_positions": shape["sequence"],
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-        },
-        "parallel": {"zero_stage": 0},
-        "train": {"micro_batch_size": shape["batch"], "global_batch_size": shape["batch"], "steps": 1000},
-        "data": {"train": ["synthetic"]},
-        "run": {"dir": "unused"},
-    }
+    heads = shape["hidden"] // HEAD_SIZE
+    return harness.run_settings(shape | {"heads": heads}, shape["batch"], zero_stage=0)
 
 
 def expect(shape: dict[str, int]) -> tuple[float, int]:
     """Operations of a step, and bytes that a process needs."""
-    from pangu.benchmarks.workers import on_cpu
     from pangu.config import Config
     from pangu.config.layout import resolve
     from pangu.config.sizes import flops_per_token
@@ -128,13 +109,12 @@ def exponent(result: dict[str, Any], name: str, side: dict[str, Any]) -> float:
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each shape."""
     model, ours, theirs, ratios = result["model"], result["ours"], result["peers"][PEER], result["ratios"][PEER]
-    table = Table(
-        title=f"base: {', '.join(f'{name} {value}' for name, value in model['base'].items())}: "
+    table = harness.new_table(
+        f"base: {', '.join(f'{name} {value}' for name, value in model['base'].items())}: "
         f"{ours['step_seconds']:.3f} s, {ours['peak_bytes'] / 1e6:,.0f} MB",
-        caption=f"{result['device']}; {model['threads']} threads; medians of {model['repeats']} steps",
+        f"{result['device']}; {model['threads']} threads; medians of {model['repeats']} steps",
+        *("", "step s", "expected", "ratio", "n^", "expected", "MB more", "expected", "ratio"),
     )
-    for heading in ("", "step s", "expected", "ratio", "n^", "expected", "MB more", "expected", "ratio"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in model["shapes"]:
         table.add_row(
             name,

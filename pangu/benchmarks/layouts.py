@@ -14,12 +14,18 @@ from typing import Any
 
 from rich.table import Table
 
-from pangu.benchmarks.results import paired
+from pangu.benchmarks import harness
 from pangu.benchmarks.workers import Way, same_work, take_turns
-from pangu.errors import InputError
 
-COUNTS = {"layers": 4, "hidden": 1024, "heads": 16, "vocab": 8192, "sequence": 256, "repeats": 5, "cores": 2}
-"""Whole-number options and their defaults."""
+COUNTS = {
+    "layers": (4, "of the model, query layer included"),
+    "hidden": (1024, "its width"),
+    "heads": (16, "its attention heads"),
+    "vocab": (8192, "its ids"),
+    "sequence": (256, "tokens a sample"),
+    "repeats": (5, "turns of each"),
+    "cores": (2, "shared by the processes of a way"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,7 @@ COMPARISONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    for name, default in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default {default})")
+    harness.add_counts(parser, COUNTS)
     names = [comparison.name for comparison in COMPARISONS]
     parser.add_argument("--only", choices=names, action="append", help="one comparison; may be given several times")
 
@@ -88,9 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if an option is impossible or a process ends early.
     """
-    for name in COUNTS:
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)}: expected 1 or more.")
+    model = harness.check_counts(arguments, *COUNTS)
     ours: dict[str, Any] = {}
     peers: dict[str, Any] = {}
     all_ratios: dict[str, dict[str, list[float]]] = {}
@@ -107,28 +110,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             title = f"{comparison.name}: {peer}"
             peers[title] = {"step_seconds": statistics.median(seconds[peer])}
             all_ratios[title] = {
-                f"step_seconds, {comparison.name}: {name}": [theirs / own for theirs, own in zip(seconds[peer], seconds[name], strict=True)]
+                f"step_seconds, {comparison.name}: {name}": harness.quotients(seconds[peer], seconds[name])
                 for name in names[comparison.peers :]
             }
-    return {"model": {name: getattr(arguments, name) for name in COUNTS}, "ours": ours, "peers": peers, **paired(all_ratios)}
+    return {"model": model, "ours": ours, "peers": peers, **harness.paired(all_ratios)}
 
 
 def _way(layout: Layout, comparison: Comparison, arguments: argparse.Namespace) -> Way:
-    config = {
-        "model": {
-            "num_layers": arguments.layers,
-            "hidden_size": arguments.hidden,
-            "num_heads": arguments.heads,
-            "vocab_size": arguments.vocab,
-            "max_positions": max(1, arguments.sequence // comparison.shorter),
-            "hidden_dropout": 0.0,  # ways draw different masks, and would have different losses
-            "attention_dropout": 0.0,
-        },
-        "parallel": layout.parallel,
-        "train": {"micro_batch_size": layout.micro_batch, "global_batch_size": comparison.samples, "steps": 1000},
-        "data": {"train": ["synthetic"]},
-        "run": {"dir": "unused"},
-    }
+    shape = vars(arguments) | {"sequence": max(1, arguments.sequence // comparison.shorter)}
+    # Without dropout: ways draw different masks, and would have different losses.
+    config = harness.run_settings(shape, comparison.samples, micro_batch=layout.micro_batch, **layout.parallel)
     threads = max(1, arguments.cores // layout.processes)
     return Way(layout.name, config, layout.program, layout.processes, threads, layout.allocator)
 
@@ -136,16 +127,14 @@ def _way(layout: Layout, comparison: Comparison, arguments: argparse.Namespace) 
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each pair."""
     model = result["model"]
-    table = Table(
-        title=f"{model['layers']} layers, hidden {model['hidden']}, vocabulary {model['vocab']}, sequence {model['sequence']}",
-        caption=f"{result['device']}; medians of {model['repeats']} paired steps",
+    table = harness.new_table(
+        f"{model['layers']} layers, hidden {model['hidden']}, vocabulary {model['vocab']}, sequence {model['sequence']}",
+        f"{result['device']}; medians of {model['repeats']} paired steps",
+        *("", "step s", "speed", "range"),
     )
-    for heading in ("", "step s", "speed", "range"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for peer, ratios in result["all_ratios"].items():
         table.add_row(peer, f"{result['peers'][peer]['step_seconds']:.3f}", "1", "")
         for metric, values in ratios.items():
-            row = f"{statistics.median(values):.2f}x", f"{min(values):.2f} .. {max(values):.2f}"
-            table.add_row(metric.removeprefix("step_seconds, "), f"{result['ours'][metric]:.3f}", *row)
+            table.add_row(metric.removeprefix("step_seconds, "), f"{result['ours'][metric]:.3f}", *harness.times(values))
         table.add_section()
     return table

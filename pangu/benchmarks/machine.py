@@ -6,11 +6,13 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pangu.benchmarks.harness import cores
 from pangu.errors import InputError
 
 
@@ -20,9 +22,33 @@ def describe() -> str:
         models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         models = []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{models[0] if models else 'CPU'}, {cores} cores, {memory / 2**30:.0f} GiB"
+    return f"{models[0] if models else 'CPU'}, {cores()} cores, {memory / 2**30:.0f} GiB"
+
+
+def run(words: Sequence[object], what: str, **environment: str) -> tuple[str, float]:
+    """Run python with these words; its standard output, and the seconds it took, start and imports counted.
+
+    Raises:
+        InputError: if `what` it does fails.
+    """
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, words)], env=os.environ | environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"{what} failed: {last_line(done.stderr)}")
+    return done.stdout, time.perf_counter() - began
+
+
+def call(function: str, *words: object) -> list[str]:
+    """Words for python to call a function, named with its module, in a process of its own."""
+    module, _, name = function.rpartition(".")
+    script = f"import sys; sys.path[:0] = {sys.path!r}; from {module} import {name}; {name}(*sys.argv[1:])"
+    return ["-c", script, *map(str, words)]
+
+
+def last_line(errors: str) -> str:
+    """The last thing that a program said of its failure."""
+    return (errors.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
 
 
 @dataclass(frozen=True)

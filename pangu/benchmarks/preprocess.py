@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import argparse
 import filecmp
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from pangu.benchmarks import prose
-from pangu.benchmarks.machine import watch
-from pangu.benchmarks.results import of_ways
-from pangu.errors import InputError
+from pangu.benchmarks import harness, prose
+from pangu.benchmarks.machine import run, watch
 
 TOOL = ("-m", "pangu.preprocess")
 ONE = "one worker"
@@ -32,10 +26,11 @@ ONE = "one worker"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
     prose.add_arguments(parser, megabytes=60)
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="the most workers (default: %(default)s, all processors)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="runs with each number of workers (default: %(default)s)")
-    parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="for text and data sets (default: this directory)")
+    parser.add_argument(
+        "--workers", type=int, default=harness.cores(), metavar="N", help="the most workers (default: %(default)s, all processors)"
+    )
+    harness.add_counts(parser, {"repeats": (5, "runs with each number of workers")})
+    harness.add_workdir(parser, "for text and data sets")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -44,55 +39,38 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if an option is impossible, text or tokenizer cannot be read, or a run fails.
     """
-    for option in ("workers", "repeats"):
-        if getattr(arguments, option) < 1:
-            raise InputError(f"--{option} {getattr(arguments, option)}: expected 1 or more.")
-    if not arguments.workdir.is_dir():
-        raise InputError(f"--workdir {arguments.workdir}: no such directory. Name one that exists.")
+    harness.check_counts(arguments, "workers", "repeats")
     texts = prose.texts(arguments)
     counts = sorted({min(2**power, arguments.workers) for power in range(arguments.workers.bit_length() + 1)})
-    with tempfile.TemporaryDirectory(prefix="benchmark-preprocess-", dir=arguments.workdir) as name:
-        folder = Path(name)
+    with harness.working_folder(arguments) as folder:
         tokenizer = prose.tokenizer(arguments, folder).path
         corpus = folder / "corpus.txt"
         corpus.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-        seconds: dict[int, list[float]] = {workers: [] for workers in counts}
-        for turn in range(arguments.repeats):
-            for workers in counts[:: 1 if turn % 2 else -1]:
-                seconds[workers].append(_run(corpus, tokenizer, folder / str(workers), workers))
-                print(
-                    f"turn {turn + 1} of {arguments.repeats}: {workers} workers {seconds[workers][-1]:.2f} s", file=sys.stderr, flush=True
-                )
-        memory = {
-            workers: watch(_command(corpus, tokenizer, folder / str(workers), workers), family=True).family_bytes for workers in counts
-        }
+        words = [*TOOL, "--input", corpus, "--tokenizer", tokenizer]
+        commands = {_name(workers): [*words, "--output", folder / str(workers), "--workers", workers] for workers in counts}
+        seconds = harness.take_turns({name: partial(_seconds, command) for name, command in commands.items()}, arguments.repeats)
+        memory = {name: watch([sys.executable, *command], family=True).family_bytes for name, command in commands.items()}
         for workers in counts:
             for suffix in (".bin", ".idx"):
                 if not filecmp.cmp(folder / f"{workers}{suffix}", folder / f"1{suffix}", shallow=False):
                     raise AssertionError(f"{workers} workers and one wrote another {suffix}")
     described = prose.describe(arguments, texts)
-    found = {workers: _summary(seconds[workers], memory[workers], described) for workers in counts}
-    one = found.pop(1)
+    found = {name: _summary(seconds[name], memory[name], described) for name in commands}
+    one = found.pop(ONE)
     return {
         "text": described,
-        "ours": of_ways({f"{workers} workers": more for workers, more in found.items()}),
+        "ours": harness.of_ways(found),
         "peers": {ONE: one},
-        "ratios": {ONE: {f"seconds, {workers} workers": one["seconds"] / more["seconds"] for workers, more in found.items()}},
+        "ratios": {ONE: {f"seconds, {name}": one["seconds"] / more["seconds"] for name, more in found.items()}},
     }
 
 
-def _command(corpus: Path, tokenizer: Path, output: Path, workers: int) -> list[str]:
-    words = [sys.executable, *TOOL, "--input", corpus, "--tokenizer", tokenizer, "--output", output, "--workers", workers]
-    return [str(word) for word in words]
+def _name(workers: int) -> str:
+    return ONE if workers == 1 else f"{workers} workers"
 
 
-def _run(corpus: Path, tokenizer: Path, output: Path, workers: int) -> float:
-    """Seconds of one run."""
-    began = time.perf_counter()
-    done = subprocess.run(_command(corpus, tokenizer, output, workers), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"preprocessing failed: {(done.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')}")
-    return time.perf_counter() - began
+def _seconds(command: list[object]) -> float:
+    return run(command, "preprocessing")[1]
 
 
 def _summary(every: list[float], peak_bytes: int, text: dict[str, Any]) -> dict[str, Any]:
@@ -109,23 +87,20 @@ def _summary(every: list[float], peak_bytes: int, text: dict[str, Any]) -> dict[
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each number of workers."""
     text = result["text"]
-    table = Table(
-        title=f"{text['source']}: {text['documents']:,} documents, {text['bytes'] / 1e6:,.1f} MB\nall runs wrote the same bytes",
-        caption=result["device"],
+    table = harness.new_table(
+        f"{text['source']}: {text['documents']:,} documents, {text['bytes'] / 1e6:,.1f} MB\nall runs wrote the same bytes",
+        result["device"],
+        *("workers", "seconds", "range", "documents/s", "MB/s", "speed", "memory, MB"),
     )
-    for heading in ("workers", "seconds", "range", "documents/s", "MB/s", "speed", "memory, MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
     ways = [metric.removeprefix("seconds, ") for metric in result["ours"] if metric.startswith("seconds, ")]
-    sides = {ONE: result["peers"][ONE], **{way: {key: result["ours"][f"{key}, {way}"] for key in result["peers"][ONE]} for way in ways}}
-    for way, one in sides.items():
-        speed = result["ratios"][ONE].get(f"seconds, {way}", 1.0)
+    for way, one in {ONE: result["peers"][ONE], **{way: harness.way_of(result["ours"], way) for way in ways}}.items():
         table.add_row(
             "1" if way == ONE else way.removesuffix(" workers"),
             f"{one['seconds']:.2f}",
-            f"{min(one['all_seconds']):.2f} .. {max(one['all_seconds']):.2f}",
+            harness.span(one["all_seconds"], ".2f"),
             f"{one['documents_per_second']:,.0f}",
             f"{one['bytes_per_second'] / 1e6:.1f}",
-            f"{speed:.2f}x",
+            f"{result['ratios'][ONE].get(f'seconds, {way}', 1.0):.2f}x",
             f"{one['peak_bytes'] / 1e6:,.0f}",
         )
     return table

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from pangu.benchmarks import turns
+from pangu.benchmarks import harness, turns
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ COUNTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    turns.add_counts(parser, COUNTS)
+    turns.add_arguments(parser, COUNTS)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -115,9 +115,11 @@ def recomputed(model: PanguModel, spans: Sequence[Span]) -> list[float]:
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each part of the texts that is scored."""
     model = result["model"]
-    return turns.speed_table(
+    return harness.speed_table(
         result,
         f"{model['texts']} texts of up to {model['length']} tokens, {model['suffix']} or all but one scored, batches of "
         f"{model['batch_tokens']}; {model['layers']} layers, hidden {model['hidden']}, vocabulary {model['vocab']}\n"
         f"largest difference of a log-likelihood from recomputation: {result['largest_difference']:.1e}",
+        f"{result['device']}; {model['threads']} threads, {model['clock']} time",
+        *("tokens_per_second", "tokens/s", ".1f"),
     )

@@ -13,9 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,21 +21,20 @@ from typing import Any
 
 from rich.table import Table
 
+from pangu.benchmarks import harness
 from pangu.benchmarks.convert import copy
-from pangu.benchmarks.results import median_and_all
+from pangu.benchmarks.machine import call, run
 from pangu.config.recipes import RECIPES
-from pangu.errors import InputError
 
-ROOT = Path(__file__).parents[2]
 RECIPE = RECIPES / "quickstart.yaml"
 PHASES = ("imports", "data index", "process group", "model", "engine", "until the first step", "first step")
+COUNTS = {"repeats": (5, "starts, and saves"), "parameters": (25, "millions, of the checkpoint")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="starts, and saves (default: %(default)s)")
-    parser.add_argument("--parameters", type=int, default=25, metavar="N", help="millions, of the checkpoint (default: %(default)s)")
-    parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="on the disk to measure (default: this directory)")
+    harness.add_counts(parser, COUNTS)
+    harness.add_workdir(parser, "on the disk to measure")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -47,30 +43,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if an option is impossible or a run fails.
     """
-    for option in ("repeats", "parameters"):
-        if getattr(arguments, option) < 1:
-            raise InputError(f"--{option} {getattr(arguments, option)}: expected 1 or more.")
-    if not arguments.workdir.is_dir():
-        raise InputError(f"--workdir {arguments.workdir}: no such directory. Name one that exists.")
-    with tempfile.TemporaryDirectory(prefix="benchmark-startup-", dir=arguments.workdir) as name:
-        folder = Path(name)
+    harness.check_counts(arguments, *COUNTS)
+    with harness.working_folder(arguments) as folder:
         prepare(folder)
-        starts, imports = [], []
-        for repeat in range(arguments.repeats):
-            began = time.perf_counter()
-            _run(["-c", "import torch"])
-            imports.append(time.perf_counter() - began)
+        starts: list[dict[str, float]] = []
+
+        def started() -> float:
             # CLOCK_MONOTONIC is one for all processes.
-            starts.append(_child(folder, "start", str(time.monotonic()), str(folder / f"run-{repeat}")))
-            print(f"start {repeat + 1} of {arguments.repeats}: {sum(starts[-1].values()):.2f} s", file=sys.stderr, flush=True)
-        saved = _child(folder, "checkpoint", str(arguments.parameters), str(arguments.repeats))
-    starts_seconds = [sum(start.values()) for start in starts]
-    seconds, torch_seconds = statistics.median(starts_seconds), statistics.median(imports)
+            starts.append(_child("start", folder, time.monotonic(), folder / f"run-{len(starts)}"))
+            return sum(starts[-1].values())
+
+        seconds_of = harness.take_turns({"start": started, "import torch": lambda: _run("-c", "import torch")[1]}, arguments.repeats)
+        saved = _child("checkpoint", folder, arguments.parameters, arguments.repeats)
+    seconds, torch_seconds = map(statistics.median, seconds_of.values())
     speed = {what: saved["bytes"] / statistics.median(saved[what]) for what in ("save", "verify", "load", "copy")}
     return {
         "model": {"checkpoint_bytes": saved["bytes"]},
         "ours": {
-            **median_and_all("seconds", starts_seconds),
+            **harness.median_and_all("seconds", seconds_of["start"]),
             **{f"seconds, {phase}": statistics.median(start[phase] for start in starts) for phase in PHASES},
             **{f"bytes_per_second, {what}": speed[what] for what in ("save", "verify", "load")},
         },
@@ -88,23 +78,19 @@ def prepare(folder: Path) -> None:
 
     vocab_size = read_yaml(RECIPE)["model"]["vocab_size"]
     corpus = folder / "corpus.txt"
-    _run(["-m", "pangu.quickstart.corpus", "--output", folder])
-    _run(["-m", "pangu.train_tokenizer", "--input", corpus, "--vocab-size", vocab_size, "--output", folder / "tokenizer"])
-    _run(["-m", "pangu.preprocess", "--input", corpus, "--tokenizer", folder / "tokenizer", "--output", folder / "corpus"])
+    _run("-m", "pangu.quickstart.corpus", "--output", folder)
+    _run("-m", "pangu.train_tokenizer", "--input", corpus, "--vocab-size", vocab_size, "--output", folder / "tokenizer")
+    _run("-m", "pangu.preprocess", "--input", corpus, "--tokenizer", folder / "tokenizer", "--output", folder / "corpus")
 
 
-def _run(words: list[object]) -> str:
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"{words[1]} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')}")
-    return done.stdout
+def _run(*words: object) -> tuple[str, float]:
+    return run(words, str(words[1]), OMP_NUM_THREADS="1")
 
 
-def _child(folder: Path, function: str, *words: str) -> Any:
+def _child(function: str, *words: object) -> Any:
     """What a function below gives in a process of its own."""
-    script = f"import sys; sys.path[:0] = {sys.path!r}; from pangu.benchmarks import startup; startup.{function}(*sys.argv[1:])"
-    return json.loads(_run(["-c", script, folder, *words]).splitlines()[-1])
+    printed, _ = run(call(f"{__name__}.{function}", *words), function, OMP_NUM_THREADS="1")
+    return json.loads(printed.splitlines()[-1])
 
 
 def _overrides(folder: str, run_dir: str) -> list[str]:
@@ -143,15 +129,16 @@ def start(folder: str, began: str, run_dir: str) -> None:
     from megatron_ext.supervision import rendezvous
     from pangu.config.layout import resolve
     from pangu.engine import engine
-    from pangu.training import loop, run
+    from pangu.training import loop
+    from pangu.training import run as training
 
     lap("imports")
-    timed(run, "build_datasets", "data index")
+    timed(training, "build_datasets", "data index")
     timed(rendezvous, "initialize", "process group")
     timed(engine, "PanguModel", "model")
     timed(deepspeed, "initialize", "engine")
     timed(loop.TrainingLoop, "_step", "first step")
-    run.run_training(config, resolve(config, 1))
+    training.run_training(config, resolve(config, 1))
     os.write(1, (json.dumps(spent) + "\n").encode())
 
 
@@ -194,9 +181,7 @@ def checkpoint(folder: str, millions: str, repeats: str) -> None:
 def table(result: dict[str, Any]) -> Table:
     """The result for people."""
     ours, peers = result["ours"], result["peers"]
-    table = Table(title="one start of ds_configs/quickstart.yaml, one checkpoint", caption=result["device"])
-    for heading in ("", "", "peer"):
-        table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
+    table = harness.new_table("one start of ds_configs/quickstart.yaml, one checkpoint", result["device"], "", "", "peer")
     for phase in PHASES:
         peer = f"import torch {peers['import torch']['seconds']:.2f} s" if phase == "imports" else ""
         table.add_row(phase, f"{ours[f'seconds, {phase}']:.2f} s", peer)

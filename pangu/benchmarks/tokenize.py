@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -19,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
-from pangu.benchmarks import prose
-from pangu.benchmarks.results import median_and_all, paired
+from pangu.benchmarks import harness, prose
 from pangu.errors import InputError
 
 PEER = "published"
@@ -33,7 +31,7 @@ Encode = Callable[[str], list[int]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
     prose.add_arguments(parser, megabytes=12)
-    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="turns, each with text of its own (default: %(default)s)")
+    harness.add_counts(parser, {"repeats": (5, "turns, each with text of its own")})
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -42,8 +40,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if an option is impossible, or text or tokenizer cannot be read.
     """
-    if arguments.repeats < 1:
-        raise InputError(f"--repeats {arguments.repeats}: expected 1 or more.")
+    harness.check_counts(arguments, "repeats")
     texts = prose.texts(arguments)
     if len(texts) < arguments.repeats:
         raise InputError(f"--repeats {arguments.repeats}: the text has {len(texts)} documents, and each turn needs some of its own.")
@@ -52,26 +49,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         runs = {"ours": tokenizer.encode, PEER: published(tokenizer.path)}
     for encode in runs.values():
         encode("词")  # loads the dictionary
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
-    tokens, different = 0, 0
-    for turn in range(arguments.repeats):
-        part = texts[turn :: arguments.repeats]
-        ids: dict[str, list[list[int]]] = {}
-        for name in list(runs)[:: 1 if turn % 2 else -1]:
-            ids[name], seconds = _timed(runs[name], part)
-            speeds[name].append(sum(map(len, part)) / seconds)
-            print(f"turn {turn + 1} of {arguments.repeats}: {name} {speeds[name][-1]:,.0f} characters/s", file=sys.stderr, flush=True)
-        tokens += sum(map(len, ids["ours"]))
-        different += sum(own != other for own, other in zip(ids["ours"], ids[PEER], strict=True))
-    ratios = [own / peer for own, peer in zip(speeds["ours"], speeds[PEER], strict=True)]
+    parts = [texts[turn :: arguments.repeats] for turn in range(arguments.repeats)]
+    found: dict[str, list[Any]] = {name: [] for name in runs}
+    sides = {name: _side(encode, parts, found[name]) for name, encode in runs.items()}
+    speeds = harness.take_turns(sides, arguments.repeats, unit="characters/s")
+    metric = "characters_per_second"
     return {
         "text": prose.describe(arguments, texts),
         "vocab_size": tokenizer.vocab_size,
-        "tokens": tokens,
-        "documents_with_other_ids": different,
-        "ours": median_and_all("characters_per_second", speeds["ours"]),
-        "peers": {PEER: median_and_all("characters_per_second", speeds[PEER])},
-        **paired({PEER: {"characters_per_second": ratios}}),
+        "tokens": sum(map(len, found["ours"])),
+        "documents_with_other_ids": sum(not np.array_equal(own, other) for own, other in zip(found["ours"], found[PEER], strict=True)),
+        "ours": harness.median_and_all(metric, speeds["ours"]),
+        "peers": {PEER: harness.median_and_all(metric, speeds[PEER])},
+        **harness.paired({PEER: {metric: harness.quotients(speeds["ours"], speeds[PEER])}}),
     }
 
 
@@ -88,30 +78,29 @@ def published(model: Path) -> Encode:
     return lambda text: pieces.encode(" ".join([segment.translate(marks) for segment in jieba.cut(text, cut_all=False)]))
 
 
-def _timed(encode: Encode, texts: list[str]) -> tuple[list[list[int]], float]:
-    began = time.perf_counter()
-    ids = [encode(text) for text in texts]
-    return ids, time.perf_counter() - began
+def _side(encode: Encode, parts: list[list[str]], found: list[Any]) -> Callable[[], float]:
+    """Tokenizes the next part each time and adds its ids, a document at a time; in characters a second."""
+    coming = iter(parts)
+
+    def tokenize() -> float:
+        part = next(coming)
+        began = time.perf_counter()
+        ids = [encode(text) for text in part]
+        seconds = time.perf_counter() - began
+        found.extend(np.array(one, np.int32) for one in ids)
+        return sum(map(len, part)) / seconds
+
+    return tokenize
 
 
 def table(result: dict[str, Any]) -> Table:
     """The result for people: a row for each tokenizer."""
     text, different = result["text"], result["documents_with_other_ids"]
-    table = Table(
-        title=f"{text['source']}: {text['documents']:,} documents, {text['characters']:,} characters, {result['tokens']:,} tokens of "
+    return harness.speed_table(
+        result,
+        f"{text['source']}: {text['documents']:,} documents, {text['characters']:,} characters, {result['tokens']:,} tokens of "
         f"{result['vocab_size']:,}\nids equal the published tokenizer's: "
         + (f"NO, not in {different:,} documents" if different else "yes"),
-        caption=f"{result['device']}; one process",
+        f"{result['device']}; one process",
+        *("characters_per_second", "M chars/s", ".2f", 1e6),
     )
-    for heading in ("", "M chars/s", "range", "speed-up", "range"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, one in {"ours": result["ours"], **result["peers"]}.items():
-        every, own = one["all_characters_per_second"], result["all_ratios"][PEER]["characters_per_second"] if name == "ours" else []
-        table.add_row(
-            name,
-            f"{one['characters_per_second'] / 1e6:.2f}",
-            f"{min(every) / 1e6:.2f} .. {max(every) / 1e6:.2f}",
-            f"{statistics.median(own):.2f}x" if own else "",
-            f"{min(own):.2f} .. {max(own):.2f}" if own else "",
-        )
-    return table

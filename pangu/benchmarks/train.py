@@ -17,40 +17,36 @@ In bf16 the engine is DeepSpeed's, and the plain loops run under torch.autocast.
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from rich.table import Table
 
-from pangu.benchmarks.results import median_and_all, of_ways, paired
+from pangu.benchmarks import harness
 from pangu.benchmarks.workers import Course, Way, on_cpu, same_work, take_turns
 from pangu.errors import InputError
 
 BARE, GPT2, TUNED = "the model alone", "transformers GPT-2", "transformers GPT-2, tuned malloc"
 OURS = ("ZeRO-0", "ZeRO-1")
-COUNTS = {"batch": 4, "sequence": 512, "layers": 10, "hidden": 384, "heads": 6, "vocab": 40000, "repeats": 8}
+COUNTS = {
+    "batch": (4, "samples a step"),
+    "sequence": (512, "tokens a sample"),
+    "layers": (10, "of the model, query layer included"),
+    "hidden": (384, "its width"),
+    "heads": (6, "its attention heads"),
+    "vocab": (40000, "its ids"),
+    "repeats": (8, "turns of each"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this task."""
-    meanings = {
-        "batch": "samples a step",
-        "sequence": "tokens a sample",
-        "layers": "of the model, query layer included",
-        "hidden": "its width",
-        "heads": "its attention heads",
-        "vocab": "its ids",
-        "repeats": "turns of each",
-    }
-    for name, default in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meanings[name]} (default: %(default)s)")
+    harness.add_counts(parser, COUNTS)
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="everywhere, on all sides (default: %(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="all with torch.compile: ours by train.compile, a plain loop's model whole")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core that this process may use")
+    harness.add_threads(parser)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -59,10 +55,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if an option is impossible, a peer is not installed, or a process ends early.
     """
-    for name in (*COUNTS, "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: expected 1 or more.")
+    harness.check_counts(arguments, *COUNTS, "threads")
     if not 0.0 <= arguments.dropout < 1.0:
         raise InputError(f"--dropout {arguments.dropout}: expected 0 or more, and less than 1.")
     if arguments.hidden % arguments.heads:
@@ -75,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def ways(arguments: argparse.Namespace) -> list[Way]:
     """What is compared; ours come first."""
-    threads, plain = arguments.threads or len(os.sched_getaffinity(0)), settings(arguments, 0)
+    threads, plain = arguments.threads or harness.cores(), settings(arguments, 0)
     found = [
         *(Way(name, settings(arguments, stage), threads=threads) for stage, name in enumerate(OURS)),
         Way(BARE, plain, "bare", threads=threads),
@@ -93,10 +86,7 @@ def summary(ways: Sequence[Way], courses: Mapping[str, Course], arguments: argpa
     sides = {name: _metrics(course, arguments) for name, course in courses.items()}
     speeds = {name: side["all_tokens_per_second"] for name, side in sides.items()}
     peers = {name: side for name, side in sides.items() if name not in OURS}
-    all_ratios = {
-        peer: {f"tokens_per_second, {name}": [own / other for own, other in zip(speeds[name], speeds[peer], strict=True)] for name in OURS}
-        for peer in peers
-    }
+    all_ratios = {peer: {f"tokens_per_second, {name}": harness.quotients(speeds[name], speeds[peer]) for name in OURS} for peer in peers}
     result: dict[str, Any] = {
         **({} if on_cpu() else {"device": accelerator.device_name()}),
         "model": {
@@ -104,9 +94,9 @@ def summary(ways: Sequence[Way], courses: Mapping[str, Course], arguments: argpa
             "threads": ways[0].threads,
             "allocators": {way.name: way.allocator for way in ways} if on_cpu() else {},
         },
-        "ours": of_ways({name: sides[name] for name in OURS}),
+        "ours": harness.of_ways({name: sides[name] for name in OURS}),
         "peers": peers,
-        **paired(all_ratios),
+        **harness.paired(all_ratios),
     }
     for peer, side in peers.items():
         result["ratios"][peer] |= {f"peak_bytes, {name}": side["peak_bytes"] / sides[name]["peak_bytes"] for name in OURS}
@@ -115,24 +105,10 @@ def summary(ways: Sequence[Way], courses: Mapping[str, Course], arguments: argpa
 
 def settings(arguments: argparse.Namespace, zero_stage: int) -> dict[str, Any]:
     """The run as pangu.train would be told it."""
-    return {
-        "model": {
-            "num_layers": arguments.layers,
-            "hidden_size": arguments.hidden,
-            "num_heads": arguments.heads,
-            "vocab_size": arguments.vocab,
-            "max_positions": arguments.sequence,
-            "hidden_dropout": arguments.dropout,
-            "attention_dropout": arguments.dropout,
-        },
-        "parallel": {"zero_stage": zero_stage},
-        "train": {"micro_batch_size": arguments.batch, "global_batch_size": arguments.batch, "steps": 1000}
-        | {"precision": arguments.precision, "compile": arguments.compile},
-        "optimizer": {"name": "adamw", "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01, "grad_clip": 1.0},
-        # GPT-2 has no documents inside a sample; these have none either.
-        "data": {"train": "in memory", "eod_reset": False},
-        "run": {"dir": "none"},
-    }
+    run = harness.run_settings(vars(arguments), arguments.batch, dropout=arguments.dropout, zero_stage=zero_stage)
+    run["train"] |= {"precision": arguments.precision, "compile": arguments.compile}
+    run["data"] |= {"eod_reset": False}  # GPT-2 has no documents inside a sample; these have none either
+    return run | {"optimizer": {"name": "adamw", "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01, "grad_clip": 1.0}}
 
 
 def _metrics(course: Course, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +117,10 @@ def _metrics(course: Course, arguments: argparse.Namespace) -> dict[str, Any]:
     from pangu.config.sizes import flops_per_token
 
     tokens = arguments.batch * arguments.sequence
-    found = {**median_and_all("tokens_per_second", [tokens / seconds for seconds in course.seconds]), "peak_bytes": course.peak_bytes}
+    found = {
+        **harness.median_and_all("tokens_per_second", [tokens / seconds for seconds in course.seconds]),
+        "peak_bytes": course.peak_bytes,
+    }
     peak_flops = accelerator.peak_flops()
     if peak_flops and arguments.precision == "bf16":
         config = Config.model_validate(settings(arguments, 0))
@@ -157,20 +136,15 @@ def table(result: dict[str, Any]) -> Table:
         f"batch {model['batch']} x {model['sequence']}, {model['precision']}, dropout {model['dropout']}"
         + (", compiled" if model["compile"] else "")
     )
-    table = Table(title=title, caption=f"{result['device']}; {model['threads']} threads")
-    for heading in ("", "malloc", "tokens/s", "range", "peak MB", "MFU"):
-        table.add_column(heading, justify="right" if heading else "left")
-    metrics = ("tokens_per_second", "all_tokens_per_second", "peak_bytes", "mfu")
-    sides = {name: {metric: ours.get(f"{metric}, {name}") for metric in metrics} for name in OURS}
-    for name, side in {**sides, **result["peers"]}.items():
-        every, share = side["all_tokens_per_second"], side.get("mfu")
-        speed = f"{side['tokens_per_second']:,.0f}", f"{min(every):,.0f} .. {max(every):,.0f}", f"{side['peak_bytes'] / 1e6:,.0f}"
-        table.add_row(name, model["allocators"].get(name, ""), *speed, f"{share:.1%}" if share else "")
+    caption = f"{result['device']}; {model['threads']} threads"
+    table = harness.new_table(title, caption, "", "malloc", "tokens/s", "range", "peak MB", "MFU", no_wrap=False)
+    for name, side in {**{name: harness.way_of(ours, name) for name in OURS}, **result["peers"]}.items():
+        speed = f"{side['tokens_per_second']:,.0f}", harness.span(side["all_tokens_per_second"], ",.0f"), f"{side['peak_bytes'] / 1e6:,.0f}"
+        table.add_row(name, model["allocators"].get(name, ""), *speed, f"{side['mfu']:.1%}" if "mfu" in side else "")
     for peer, metrics_of_peer in result["all_ratios"].items():
         table.add_section()
         table.add_row(f"over {peer}")
         for metric, values in metrics_of_peer.items():
             memory = result["ratios"][peer][metric.replace("tokens_per_second", "peak_bytes")]
-            row = f"{statistics.median(values):.2f}x", f"{min(values):.2f} .. {max(values):.2f}", f"{memory:.2f}x"
-            table.add_row(metric.removeprefix("tokens_per_second, "), "", *row, "")
+            table.add_row(metric.removeprefix("tokens_per_second, "), "", *harness.times(values), f"{memory:.2f}x", "")
     return table

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from pangu.benchmarks.results import median_and_all, of_ways, paired
+from pangu.benchmarks import harness
 from pangu.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,15 +27,14 @@ COUNTS = {
 }
 
 
-def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, str]]) -> None:
-    """Options that are whole numbers, given with their default and meaning, and how the time is taken."""
-    for name, (default, meaning) in counts.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=f"{meaning} (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core that this process may use")
+def add_arguments(parser: argparse.ArgumentParser, counts: harness.Counts) -> None:
+    """Options that are whole numbers, and how the time is taken."""
+    harness.add_counts(parser, counts)
+    harness.add_threads(parser)
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of time on the wall")
 
 
-def settings(arguments: argparse.Namespace, counts: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+def settings(arguments: argparse.Namespace, counts: harness.Counts) -> dict[str, Any]:
     """Set the number of threads; give what is measured, for the result.
 
     Raises:
@@ -46,15 +42,11 @@ def settings(arguments: argparse.Namespace, counts: Mapping[str, tuple[int, str]
     """
     import torch
 
-    for name in (*counts, "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected 1 or more.")
+    values = harness.check_counts(arguments, *counts, "threads")
     if arguments.cpu_time and arguments.threads not in (None, 1):
         raise InputError(f"--cpu-time --threads {arguments.threads}: threads that wait for each other use processor time. Take one.")
     if arguments.threads or arguments.cpu_time:
         torch.set_num_threads(arguments.threads or 1)
-    values = {name: getattr(arguments, name) for name in counts}
     return {**values, "threads": torch.get_num_threads(), "clock": "processor" if arguments.cpu_time else "wall"}
 
 
@@ -62,13 +54,7 @@ def model_config(arguments: argparse.Namespace, max_positions: int) -> ModelConf
     """The shape that the options ask for."""
     from pangu.config import ModelConfig
 
-    return ModelConfig(
-        num_layers=arguments.layers,
-        hidden_size=arguments.hidden,
-        num_heads=arguments.heads,
-        vocab_size=arguments.vocab,
-        max_positions=max_positions,
-    )
+    return ModelConfig.model_validate(harness.model_settings(vars(arguments) | {"sequence": max_positions}))
 
 
 def random_model(config: ModelConfig, prepare: Callable[[PanguModel], None] = lambda model: None) -> PanguModel:
@@ -99,7 +85,7 @@ def id_generator(model: PanguModel) -> TextGenerator:
 
 
 def gpt2(config: ModelConfig) -> Any:
-    """The peer, with random weights.
+    """transformers' GPT-2 of equal shape, with random weights.
 
     Raises:
         InputError: if transformers is not installed.
@@ -108,31 +94,30 @@ def gpt2(config: ModelConfig) -> Any:
         import transformers
     except ImportError:
         raise InputError("transformers is not installed, and this task compares with it. Install it: pip install transformers.") from None
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.max_positions,
-            n_embd=config.hidden_size,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            bos_token_id=9,
-            eos_token_id=9,
-        )
-    ).eval()
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_positions,
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "resid_pdrop": config.hidden_dropout,
+        "embd_pdrop": config.hidden_dropout,
+        "attn_pdrop": config.attention_dropout,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+        "attn_implementation": "sdpa",
+    }
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
 
 
-def take_turns(runs: dict[str, Callable[[], Any]], repeats: int, num_tokens: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def take_turns(runs: Mapping[str, Callable[[], Any]], repeats: int, num_tokens: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Tokens a second of each, one number a turn. The first turn warms up and is not counted; every other turn goes backwards."""
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name in list(runs)[:: 1 if turn % 2 else -1]:
-            began = clock()
-            runs[name]()
-            speed = num_tokens / (clock() - began)
-            if turn:
-                speeds[name].append(speed)
-                print(f"turn {turn} of {repeats}: {name} {speed:.1f} tokens/s", file=sys.stderr, flush=True)
-    return speeds
+
+    def speed(run: Callable[[], Any]) -> float:
+        began = clock()
+        run()
+        return num_tokens / (clock() - began)
+
+    return harness.take_turns({name: partial(speed, run) for name, run in runs.items()}, repeats, warm_up=1, unit="tokens/s")
 
 
 def compare(runs: dict[str, Callable[[], Any]], peers: Mapping[str, str], num_tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -145,33 +130,12 @@ def compare(runs: dict[str, Callable[[], Any]], peers: Mapping[str, str], num_to
         arguments: how often, by which clock.
     """
     speeds = take_turns(runs, arguments.repeats, num_tokens, time.process_time if arguments.cpu_time else time.perf_counter)
-    ratios = {
-        f"tokens_per_second, {name}": [one / other for one, other in zip(speeds[name], speeds[peer], strict=True)]
-        for name, peer in peers.items()
+    sides = {name: harness.median_and_all("tokens_per_second", every) for name, every in speeds.items()}
+    theirs = harness.of_ways({name: sides[name] for name in peers.values()})
+    return {
+        "ours": harness.of_ways({name: sides[name] for name in peers}),
+        "peers": {PEER: {metric.replace(f", {PEER}", ""): value for metric, value in theirs.items()}},
+        **harness.paired(
+            {PEER: {f"tokens_per_second, {name}": harness.quotients(speeds[name], speeds[peer]) for name, peer in peers.items()}}
+        ),
     }
-    summaries = {name: median_and_all("tokens_per_second", every) for name, every in speeds.items()}
-    theirs = {
-        metric.replace(f", {PEER}", ""): value
-        for metric, value in of_ways({name: summaries[name] for name in dict.fromkeys(peers.values())}).items()
-    }
-    return {"ours": of_ways({name: summaries[name] for name in peers}), "peers": {PEER: theirs}, **paired({PEER: ratios})}
-
-
-def speed_table(result: dict[str, Any], title: str) -> Table:
-    """Speeds and speed-ups for people: a row for each way."""
-    model, ratios = result["model"], result["all_ratios"][PEER]
-    table = Table(title=title, caption=f"{result['device']}; {model['threads']} threads, {model['clock']} time")
-    for heading in ("", "tokens/s", "range", "speed-up", "range"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for side, metrics in (("", result["ours"]), (PEER, result["peers"][PEER])):
-        for metric in (name for name in metrics if name.startswith("tokens_per_second")):
-            every, own = metrics[f"all_{metric}"], [] if side else ratios[metric]
-            way = metric.removeprefix("tokens_per_second").removeprefix(", ")
-            table.add_row(
-                ", ".join(filter(None, [side, way])),
-                f"{metrics[metric]:.1f}",
-                f"{min(every):.1f} .. {max(every):.1f}",
-                f"{statistics.median(own):.2f}x" if own else "",
-                f"{min(own):.2f} .. {max(own):.2f}" if own else "",
-            )
-    return table

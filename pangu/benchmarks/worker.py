@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from megatron_ext.context import ParallelContext
 from megatron_ext.initialize import random_weights
 from megatron_ext.supervision import rendezvous
 from megatron_ext.topology import Groups
+from pangu.benchmarks import turns
 from pangu.benchmarks.machine import memory
 from pangu.calibration.trial import random_batches
 from pangu.config import Config
@@ -57,26 +57,11 @@ def bare(config: Config) -> Step:
 
 def gpt2(config: Config) -> Step:
     """transformers' GPT-2 of equal shape."""
-    import transformers
-
-    shape = config.model
-    settings: dict[str, Any] = {
-        "vocab_size": shape.vocab_size,
-        "n_positions": shape.max_positions,
-        "n_embd": shape.hidden_size,
-        "n_layer": shape.num_layers,
-        "n_head": shape.num_heads,
-        "resid_pdrop": shape.hidden_dropout,
-        "embd_pdrop": shape.hidden_dropout,
-        "attn_pdrop": shape.attention_dropout,
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
-        "use_cache": False,
-        "attn_implementation": "sdpa",
-    }
     torch.manual_seed(config.train.seed)
-    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
-    model = model.to(accelerator.device())
-    return plain_loop(config, model, fused_adamw(config, model), lambda batch: model(input_ids=batch[0], labels=batch[0]).loss)
+    model = turns.gpt2(config.model).to(accelerator.device())
+    return plain_loop(
+        config, model, fused_adamw(config, model), lambda batch: model(input_ids=batch[0], labels=batch[0], use_cache=False).loss
+    )
 
 
 def megatron(config: Config) -> Step:

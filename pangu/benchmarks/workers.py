@@ -15,9 +15,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pangu.benchmarks import harness
 from pangu.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -69,17 +71,12 @@ def take_turns(ways: Sequence[Way], repeats: int, *, label: str = "turn") -> dic
         InputError: if a process ends early.
     """
     together = on_cpu()
-    warm_up = 2 if together else 10
     courses = {way.name: Course() for way in ways}
     for group in [ways] if together else [[way] for way in ways]:
         with ExitStack() as stack:
-            crews = {way.name: stack.enter_context(started(way)) for way in group}
-            for turn in range(-warm_up, repeats):
-                for name in list(crews)[:: 1 if turn % 2 else -1]:
-                    seconds = step(name, crews[name], courses[name])
-                    if turn >= 0:
-                        courses[name].seconds.append(seconds)
-                        print(f"{label} {turn + 1} of {repeats}: {name} {seconds:.3f} s", file=sys.stderr, flush=True)
+            sides = {way.name: partial(step, way.name, stack.enter_context(started(way)), courses[way.name]) for way in group}
+            for name, seconds in harness.take_turns(sides, repeats, warm_up=2 if together else 10, label=label).items():
+                courses[name].seconds = seconds
     return courses
 
 

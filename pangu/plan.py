@@ -4,7 +4,7 @@ python tools/plan_parallel.py --model 200B --cluster ascend910_2048 --global-bat
 python tools/plan_parallel.py --model 13B --cluster a100_80 --devices 64 --write my_13B.yaml
 python tools/plan_parallel.py calibrate --output profile.yaml      # measure this machine
 python tools/plan_parallel.py measure --model ds_configs/quickstart.yaml --profile profile.yaml      # really run some plans here
-python tools/plan_parallel.py validate --fit runs.csv --cross      # how far predictions can be trusted
+python tools/plan_parallel.py validate --cross      # how far predictions can be trusted
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Predict published training runs, and print predictions beside what was measured.
 
-The constants of the time model are fitted to the measured runs of one CSV file, or read from a profile, or the defaults. What a row leaves
-out and what was assumed for it goes to standard error; a row that cannot be understood is predicted as null.
+The constants of the time model are fitted to the measured runs of one CSV file, or read from a profile, or the defaults. The runs are those
+of pangu/planner/reference_runs.csv unless a file is given. What a row leaves out and what was assumed for it goes to standard error; a row
+that cannot be understood is predicted as null.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.text import Text
 from pangu.config.recipes import CLUSTERS
 from pangu.errors import InputError, one_line
 from pangu.planner.profile import load_profile, save_profile
-from pangu.planner.reference import Row, Run, read_runs
+from pangu.planner.reference import REFERENCE_RUNS, Row, Run, read_runs
 from pangu.planner.validation import Fit, cross_validate, fit, fits_in_memory, score
 
 
@@ -28,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--fit", type=Path, metavar="CSV", help="fit the constants to the measured runs of this file")
     source.add_argument("--profile", type=Path, metavar="YAML", help="read the constants; without either the defaults are used")
-    parser.add_argument("--runs", type=Path, metavar="CSV", help="predict these runs")
-    parser.add_argument("--cross", action="store_true", help="predict each family and day of --fit by a fit to all the others")
+    parser.add_argument("--runs", type=Path, metavar="CSV", help="predict these runs (default: the published ones that ship)")
+    parser.add_argument(
+        "--cross", action="store_true", help="predict each family and day of --fit, or of the runs that ship, from a fit to all the others"
+    )
     parser.add_argument("--output", type=Path, metavar="YAML", help="write the constants, to be read with --profile")
     parser.add_argument("--json", action="store_true", help="print JSON: a list with one object for each run, or each family")
 
@@ -40,20 +43,18 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: if the options exclude each other, or a file is refused.
     """
-    if arguments.cross and (arguments.fit is None or arguments.runs):
-        raise InputError("--cross predicts runs of the file that is fitted: give it with --fit CSV, and leave out --runs.")
-    if not arguments.cross and not arguments.runs:
-        raise InputError("nothing to predict: give --runs CSV, or --fit CSV with --cross.")
+    if arguments.cross and (arguments.profile or arguments.runs):
+        raise InputError("--cross predicts runs of the file that is fitted: leave out --profile and --runs.")
     fitted = Fit(load_profile(arguments.profile), {}) if arguments.profile else Fit.default()
-    if arguments.fit:
-        runs = [row.run for row in understood(arguments.fit) if row.run]
+    if arguments.fit or arguments.cross:
+        runs = [row.run for row in understood(arguments.fit or REFERENCE_RUNS) if row.run]
         fitted = fit(runs)
         if arguments.cross:
             print_families(cross_validate(runs), as_json=arguments.json)
     if arguments.output:
         save_profile(fitted.profile, arguments.output)
-    if arguments.runs:
-        print_runs(understood(arguments.runs), fitted, as_json=arguments.json)
+    if not arguments.cross:
+        print_runs(understood(arguments.runs or REFERENCE_RUNS), fitted, as_json=arguments.json)
 
 
 def understood(path: Path) -> list[Row]:

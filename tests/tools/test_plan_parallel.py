@@ -57,13 +57,17 @@ def test_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "pairs of one family and day are in order" in capsys.readouterr().out
 
 
+def test_validate_reads_the_runs_that_ship(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_parallel(monkeypatch, "validate") == 0
+    assert "of 69 runs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["validate"], "nothing to predict"),
         (["calibrate", "--output", "/nowhere/p.yaml"], "there is no folder /nowhere"),
         (["validate", "--runs", "nowhere.csv", "--fit", "nowhere.csv"], "nowhere.csv: cannot be read"),
-        (["validate", "--cross"], "--cross predicts runs of the file that is fitted"),
+        (["validate", "--cross", "--runs", "nowhere.csv"], "--cross predicts runs of the file that is fitted"),
         (["validate", "--runs", "nowhere.csv"], "nowhere.csv: cannot be read"),
     ],
 )

@@ -26,6 +26,7 @@ from pangu.planner.memory import (
     micro_batch_parts_in_flight,
 )
 from pangu.planner.plan import Plan, Workload, plan_of
+from pangu.planner.reference import REFERENCE_RUNS
 from pangu.planner.states import model_state_bytes
 
 GIB = 2**30
@@ -206,8 +207,8 @@ def test_the_peak_is_the_backward_pass_or_the_step() -> None:
     assert plan.reserve == pytest.approx(0.1 * plan.peak + 1.5 * GIB)
 
 
-def reference_runs(shared: Path) -> list[dict[str, str]]:
-    with open(shared / "facts/reference_runs.csv", encoding="utf-8", newline="") as file:
+def reference_runs() -> list[dict[str, str]]:
+    with open(REFERENCE_RUNS, encoding="utf-8", newline="") as file:
         return [row for row in csv.DictReader(file) if row["id"].startswith("bloom") and row["mem_gb"]]
 
 
@@ -231,8 +232,8 @@ def needed_gib(row: dict[str, str]) -> float:
     return max(estimate_memory(workload, plan, at, platform).total + 4 * parameters[at].total for at in range(pipeline)) / GIB
 
 
-def test_what_ran_is_feasible_and_what_ran_out_of_memory_is_not(shared: Path) -> None:
-    rows = reference_runs(shared)
+def test_what_ran_is_feasible_and_what_ran_out_of_memory_is_not() -> None:
+    rows = reference_runs()
     assert sum(row["mem_gb"] == "OOM" for row in rows) == 2
     errors = []
     for row in rows:

@@ -8,7 +8,7 @@ from helpers.published_runs import table
 
 from pangu.errors import InputError
 from pangu.planner.profile import Profile, load_profile
-from pangu.planner.reference import COLUMNS, Row, Run, read_runs, spread_layers
+from pangu.planner.reference import COLUMNS, REFERENCE_RUNS, Row, Run, read_runs, spread_layers
 from pangu.planner.validation import Fit, cross_validate, fit, fits_in_memory, score
 
 CLUSTERS = Path(__file__).parents[3] / "ds_configs" / "clusters"
@@ -31,11 +31,8 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(shared: Path) -> list[Run]:
-    path = shared / "facts" / "reference_runs.csv"
-    if not path.is_file():
-        pytest.skip(f"no published runs at {path}")
-    return [row.run for row in read_runs(path, CLUSTERS) if row.run]
+def published() -> list[Run]:
+    return [row.run for row in read_runs(REFERENCE_RUNS, CLUSTERS) if row.run]
 
 
 def test_runs_that_were_left_out_of_the_fit(published: list[Run]) -> None:

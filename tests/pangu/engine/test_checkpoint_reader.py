@@ -111,13 +111,10 @@ def test_a_file_of_another_model_is_refused(change: Any, told: str, tmp_path: Pa
     write(folder)
     file = folder / "mp_rank_00_model_states.pt"
     root = torch.load(file, weights_only=True)
-    names = {name.split(".", 1)[-1]: name for name in root["module"]}
-    short = {short: root["module"][name] for short, name in names.items()}
-    change(short)
-    root["module"] = {names.get(name, name): value for name, value in short.items()}
+    change(root["module"])
     torch.save(root, file)
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][file.name]["bytes"] = file.stat().st_size
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=told.replace("'ln_f", "'.*ln_f")):
+    with pytest.raises(InputError, match=told):
         read_tensors(open_checkpoint(folder))

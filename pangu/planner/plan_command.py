@@ -212,7 +212,7 @@ def _remarks(facts: dict[str, Any], cluster: Cluster, chosen: Candidate) -> list
     return [
         f"{facts['model']} on {facts['devices']} devices of {facts['cluster']}, made by tools/plan_parallel.py:",
         in_words(chosen.plan),
-        f"predicted: {chosen.time.total:.3g} s per step, {chosen.memory.total / GIB:.1f} GiB a device",
+        f"predicted: {chosen.time.total:.3g} s per step, {chosen.memory.total / GIB:.1f} GiB per device",
         "",
         f"  torchrun --nnodes {cluster.num_devices // server} --nproc-per-node {server} ... -m pangu.train --config FILE",
     ]

@@ -148,7 +148,7 @@ def draw(path: Path, outcome: Outcome, num_bars: int) -> None:
     for plans, draw_plans in ((outcome.candidates, cloud.scatter), (outcome.pareto, cloud.plot)):
         memory, time = [one.memory.total / GIB for one in plans], [one.time.total for one in plans]
         draw_plans(memory, time, **({"s": 6, "alpha": 0.4} if plans is outcome.candidates else {"color": "C1", "marker": "o"}))
-    cloud.set(xlabel="GiB a device", ylabel="seconds a step", yscale="log", title=f"{len(outcome.candidates):,} plans that fit")
+    cloud.set(xlabel="GiB per device", ylabel="seconds per step", yscale="log", title=f"{len(outcome.candidates):,} plans that fit")
     best = outcome.candidates[:num_bars]
     places, below = range(1, len(best) + 1), [0.0] * len(best)
     for cause in seconds_by_cause(best[0].time):

@@ -6,13 +6,15 @@ import errno
 import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from pangu.errors import InputError
 
@@ -86,8 +88,42 @@ def load_json(path: Path) -> Any:
     return parse_json(read_text(path, MAX_JSON_BYTES))
 
 
+def copy_file(source: Path, target: Path, limit: int) -> None:
+    """Copy a file from elsewhere to a new name.
+
+    Raises:
+        OSError: see `open_file` and `create_file`.
+        ValueError: if it has more than `limit` bytes.
+    """
+    content = read_bytes(source, limit)
+    with create_file(target) as file:
+        file.write(content)
+
+
+def create_file(path: Path) -> BinaryIO:
+    """Create a file that does not exist yet, to be written. A link of that name, wherever it points, exists.
+
+    Raises:
+        OSError: if there is anything of that name, or it cannot be created.
+    """
+    return open(path, "xb")
+
+
+def append_to(path: Path) -> TextIO:
+    """Open a text file of ours for appending whole lines, created if it does not exist.
+
+    Raises:
+        OSError: also if it is a link or not a regular file: what is written must not end elsewhere.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)
+
+
 def sync(path: Path) -> None:
-    """Flush a file's contents, or a directory's entries, to disk."""
+    """Put a file's contents, or a directory's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,13 +131,33 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small text file atomically: at every moment either the old or the new content exists."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a small file in place of another: at every moment there is the old one or the new one.
+
+    Raises:
+        OSError: if it cannot be written; then the old one is untouched.
+    """
+    partial = work_path(path)
+    try:
+        with create_file(partial) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        remove(partial)
+
+
+def work_path(final: Path) -> Path:
+    """A name beside a file or directory for what will replace it: nobody else's, and not to be guessed."""
+    return final.with_name(f"{final.name}.{secrets.token_hex(4)}.partial")
+
+
+def remove_leftovers(final: Path) -> None:
+    """Remove what killed processes left of a file or directory. Whoever calls this holds its `lock`."""
+    for path in _beside(final, "partial"):
+        remove(path)
 
 
 def remove(path: Path) -> None:
@@ -124,30 +180,59 @@ def lock(path: Path) -> Iterator[None]:
         OSError: if the lock file cannot be created.
     """
     beside = path.with_name(path.name + ".lock")
-    while True:
-        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = None
+    while descriptor is None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if beside.exists() and os.path.samestat(os.fstat(descriptor), os.stat(beside)):
-                break  # or else its last owner has just removed it, and it locks nothing
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise InputError(f"{path}: {holder} is writing it. Wait until it is done, or choose another place.") from None
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            break
-        os.close(descriptor)
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            if not _try_lock(descriptor):
+                _refuse_held(path, descriptor)
+        except FileExistsError:
+            _remove_stale(path, beside)
     try:
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         beside.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file. On a file system that has no locks everybody gets one."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
+
+
+def _remove_stale(path: Path, beside: Path) -> None:
+    """Remove a lock file that nobody holds; what it holds is not touched, for it may be somebody else's file."""
+    try:
+        descriptor = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{beside}: is a link; this file says who writes {path.name}. Remove it.") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{beside}: is not a regular file; this file says who writes {path.name}. Remove it.")
+    if not _try_lock(descriptor):
+        _refuse_held(path, descriptor)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.lstat(beside)):  # or else its owner has just removed it, and this is another's
+            beside.unlink()
+    os.close(descriptor)
+
+
+def _refuse_held(path: Path, descriptor: int) -> NoReturn:
+    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+    os.close(descriptor)
+    raise InputError(f"{path}: {holder} is writing it. Wait until it is done, or choose another place.")
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -159,20 +244,22 @@ def publish(partial: Path, final: Path) -> None:
     for entry in sorted(partial.rglob("*")) if partial.is_dir() else []:
         sync(entry)
     sync(partial)
-    replaced = _replaced(final)
     if final.exists() and (final.is_dir() or partial.is_dir()):
-        remove(replaced)
-        os.rename(final, replaced)
+        os.rename(final, final.with_name(f"{final.name}.{secrets.token_hex(4)}.replaced"))
     os.replace(partial, final)
     sync(final.parent)
-    remove(replaced)
+    for path in _beside(final, "replaced"):
+        remove(path)
 
 
 def recover(final: Path) -> None:
-    """Restore what a killed `publish` has moved away and not replaced."""
-    if not final.exists() and _replaced(final).exists():
-        os.rename(_replaced(final), final)
+    """Bring back what a killed `publish` has moved away and not replaced."""
+    old = _beside(final, "replaced")
+    if old and not final.exists():
+        os.rename(max(old, key=lambda path: path.lstat().st_mtime), final)
 
 
-def _replaced(final: Path) -> Path:
-    return final.with_name(final.name + ".replaced")
+def _beside(final: Path, suffix: str) -> list[Path]:
+    """What stands beside a file or directory under a name that only this module gives."""
+    ours = re.compile(re.escape(final.name) + rf"\.[0-9a-f]{{8}}\.{suffix}")
+    return [entry for entry in final.parent.iterdir() if ours.fullmatch(entry.name)] if final.parent.is_dir() else []

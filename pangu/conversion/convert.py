@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +16,7 @@ from torch import Tensor
 from pangu.conversion.formats import FORMATS
 from pangu.conversion.weights import Weights, WriteOptions
 from pangu.errors import InputError
-from pangu.files import lock, publish, recover, remove
+from pangu.files import lock, publish, recover, remove, remove_leftovers, work_path
 from pangu.tensor_files.lazy_tensor import LazyTensor
 
 _HINTS = {
@@ -49,7 +51,7 @@ def convert(
         raise InputError(f"--to {to}: cannot hold optimizer states. Choose {keepers}, or leave out --with-optimizer.")
     if not output.name or output.name == "..":
         raise InputError(f"{output}: is not a valid name for an output.")
-    partial = output.with_name(output.name + ".partial")
+    partial = work_path(output)
 
     def watched(tensors: Mapping[str, LazyTensor], options: WriteOptions) -> dict[str, LazyTensor]:
         return {name: _watched(name, tensor, options, advance or (lambda read: None)) for name, tensor in tensors.items()}
@@ -62,9 +64,11 @@ def convert(
         output.parent.mkdir(parents=True, exist_ok=True)
         with lock(output):
             recover(output)
-            if output.exists() and not force:
-                raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
-            remove(partial)  # of a conversion that was killed
+            if os.path.lexists(output):
+                if not force:
+                    raise InputError(f"{output}: exists already. Name another output, or give --force to replace it.")
+                _refuse_foreign(output, weights)
+            remove_leftovers(output)
             try:
                 write(weights, partial, options)
                 publish(partial, output)
@@ -77,6 +81,27 @@ def convert(
         for parent in parents:
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _refuse_foreign(output: Path, weights: Weights) -> None:
+    """Refuse to replace an output that holds the input, or anything but what a converter has written.
+
+    Raises:
+        InputError: naming what would be lost.
+    """
+    resolved = output.resolve()
+    for source in (*weights.files, *filter(None, [weights.tokenizer])):
+        if resolved == source.resolve() or resolved in source.resolve().parents:
+            raise InputError(f"{output}: holds the input, {source.name}, which --force would remove. Name another output.")
+    if output.is_symlink() or not output.is_dir():
+        single = [known for known in FORMATS.values() if known.write and not known.written_names]
+        strangers = [output] if output.is_symlink() or not any(known.detect(output) for known in single) else []
+    else:
+        names = re.compile("|".join(known.written_names for known in FORMATS.values() if known.written_names))
+        entries = (entry for entry in sorted(output.rglob("*")) if entry.is_symlink() or not entry.is_dir())
+        strangers = [entry for entry in entries if entry.is_symlink() or not names.fullmatch(entry.relative_to(output).as_posix())]
+    if strangers:
+        raise InputError(f"{strangers[0]}: was not written by a conversion, and --force would remove it. Name another output.")
 
 
 def _watched(name: str, tensor: LazyTensor, options: WriteOptions, advance: Callable[[int], None]) -> LazyTensor:

@@ -14,7 +14,7 @@ from megatron_ext.topology import Group, Groups
 from pangu.config import ModelConfig
 from pangu.conversion import huggingface
 from pangu.errors import InputError
-from pangu.files import publish, remove
+from pangu.files import publish, remove_leftovers, work_path
 from pangu.tensor_files.lazy_tensor import LazyTensor
 
 
@@ -39,14 +39,15 @@ def write_weights(
             slice.
         tokenizer: a `vocab.model` to copy into the directory, or the directory that holds it.
     """
-    partial = path.with_name(path.name + ".partial")
 
-    def prepare() -> None:
+    def prepare() -> Path:
+        partial = work_path(path)
         if groups.world.rank == 0:
-            remove(partial)
+            remove_leftovers(path)
             partial.mkdir(parents=True)
+        return partial
 
-    _together(prepare, groups.world, path)
+    partial = _together(prepare, groups.world, path)[0]
     is_writer = groups.data.rank == 0 and groups.tensor.rank == 0
     stage, last = groups.coordinates.pipe, groups.topology.pipeline - 1
     writer = huggingface.FileWriter(partial, stage=stage)

@@ -22,6 +22,8 @@ class Format:
     """Writes weights to a path; None if the format can only be read."""
     keeps_optimizer: bool = False
     """Whether the format can hold the optimizer's states."""
+    written_names: str = ""
+    """Regular expression of the names, relative to a directory, of all that the writer puts there; empty: it writes a single file."""
     says_gelu: bool = True
     """Whether written files name the model's activation function; otherwise whoever reads them must know it."""
     checksums: Checksums | None = None
@@ -31,14 +33,14 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "huggingface": Format(huggingface.detect, huggingface.read, huggingface.write),
-    "megatron": Format(megatron.detect, megatron.read, megatron.write),
+    "huggingface": Format(huggingface.detect, huggingface.read, huggingface.write, written_names=huggingface.WRITTEN_NAMES),
+    "megatron": Format(megatron.detect, megatron.read, megatron.write, written_names=megatron.WRITTEN_NAMES),
     "deepspeed": Format(deepspeed.detect, deepspeed.read, checksums=deepspeed.CHECKSUMS, locate=locate),
     "mindspore-shards": Format(mindspore_shards.detect, mindspore_shards.read, checksums=mindspore.CHECKSUMS),
     "mindspore": Format(
         mindspore.detect, mindspore.read, mindspore.write, keeps_optimizer=True, says_gelu=False, checksums=mindspore.CHECKSUMS
     ),
-    "npy": Format(npy.detect, npy.read, npy.write, says_gelu=False),
+    "npy": Format(npy.detect, npy.read, npy.write, written_names=npy.WRITTEN_NAMES, says_gelu=False),
 }
 
 

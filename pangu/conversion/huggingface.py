@@ -30,9 +30,10 @@ from pangu.tensor_files import torch_file
 from pangu.tensor_files.lazy_tensor import LazyTensor
 from pangu.tensor_files.safetensors_file import num_bytes, open_tensors, write_tensors
 from pangu.tensor_files.torch_file import StoredTensor
-from pangu.text.tokenizer import EOT, MASK, PAD, SEP, UNK
+from pangu.text.tokenizer import EOT, MASK, PAD, SEP, UNK, copy_model
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "vocab.model"
+WRITTEN_NAMES = r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|(tokenizer_)?config\.json|vocab\.model|\w+_pangu\.py"
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 """The code with which transformers loads a directory. It is copied with the weights, so it imports nothing from this project."""
@@ -344,7 +345,7 @@ def _write_companions(directory: Path, config: ModelConfig, dtype: torch.dtype, 
     for module in sorted(REMOTE_CODE.glob("*.py")):
         shutil.copyfile(module, directory / module.name)
     if tokenizer is not None:
-        shutil.copyfile(tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer, directory / TOKENIZER)
+        copy_model(tokenizer, directory)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ larger table to size and shift the ids of all ranks but the first.
 from __future__ import annotations
 
 import re
-import shutil
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -31,8 +30,10 @@ from pangu.files import open_file
 from pangu.tensor_files.lazy_tensor import LazyTensor, merged
 from pangu.tensor_files.torch_file import Planned, StoredTensor, TorchFileWriter, is_torch_file, load
 from pangu.tensor_files.torch_pickle import Opaque
+from pangu.text.tokenizer import copy_model
 
 TRACKER, FILE, TOKENIZER = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "vocab.model"
+WRITTEN_NAMES = r"latest_checkpointed_iteration\.txt|(iter_\d+|release)/mp_rank_\d+/model_optim_rng\.pt|vocab\.model"
 DIALECT = "pangu_alpha"
 """A key that this project adds beside the model, for what the port has no field for. The port ignores it."""
 _MARKED = ("vocab_size", "num_heads", "gelu", "final_norm", "separator_id", "pad_id")
@@ -345,7 +346,7 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
             del full
     (output / TRACKER).write_text(f"{weights.step or 'release'}\n", encoding="ascii")
     if weights.tokenizer is not None:
-        shutil.copyfile(weights.tokenizer, output / TOKENIZER)
+        copy_model(weights.tokenizer, output)
 
 
 def _dtype(tensor: LazyTensor, options: WriteOptions) -> torch.dtype:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
 import warnings
 from pathlib import Path
 
@@ -21,7 +20,9 @@ from pangu.files import open_file
 from pangu.tensor_files.blocks import blocks
 from pangu.tensor_files.lazy_tensor import LazyTensor
 from pangu.tensor_files.mindspore_file import MAX_DIMS, StoredTensor
+from pangu.text.tokenizer import copy_model
 
+WRITTEN_NAMES = r"backbone\.[\w.]+\.npy|vocab\.model"
 _NAMES = {torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8"}
 _DTYPES = {np.dtype(name): dtype for dtype, name in _NAMES.items()}
 # More than numpy lets a header of such arrays have.
@@ -70,7 +71,7 @@ def write(weights: Weights, output: Path, options: WriteOptions) -> None:
             for block in blocks(tensor.read(), dtype):
                 file.write(block)
     if weights.tokenizer is not None:
-        shutil.copyfile(weights.tokenizer, output / "vocab.model")
+        copy_model(weights.tokenizer, output)
 
 
 def open_array(path: Path) -> LazyTensor:

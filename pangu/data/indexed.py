@@ -18,12 +18,11 @@ document lies; it is little-endian and unpadded (Megatron-LM, `megatron/core/dat
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from pangu.errors import InputError
+from pangu.files import create_file, lock, remove_leftovers, sync, work_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -150,7 +150,7 @@ class IndexedDataset:
 class IndexedDatasetWriter:
     """Writes a data set document by document; it appears under its name complete or not at all.
 
-    A context manager: leaving it without an exception commits. Until then the files' names end in `.tmp`; an exception removes them.
+    A context manager: leaving it without an exception commits. Until then the files have other names; an exception removes them.
     `PREFIX.idx` is renamed last, because without it the data set cannot be opened: if the process is killed, a reader finds the earlier
     data set, none, or the new one with its manifest. An earlier data set of the same prefix is removed only when the new one is complete.
 
@@ -175,9 +175,14 @@ class IndexedDatasetWriter:
         self._separator_id = separator_id
         self._tokenizer_sha256 = tokenizer_sha256
         self._sizes = array("i")
-        self._files: list[IO[bytes]] = []
+        self._files: dict[Path, IO[bytes]] = {}
+        """By the name that the file will have."""
+        self._held = ExitStack()
         with self._explained():
             self.paths[0].parent.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(lock(self.paths[0]))
+            for path in self.paths:
+                remove_leftovers(path)
             self._bin = self._open(self.paths[0])
 
     @property
@@ -215,45 +220,30 @@ class IndexedDatasetWriter:
         )
         self._open(manifest_path).write(manifest.model_dump_json(indent=2).encode() + b"\n")
         _write_index(self._open(idx_path), self.dtype, np.frombuffer(self._sizes, np.int32))
-        for file in self._files:
+        for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         idx_path.unlink(missing_ok=True)
         for path in (bin_path, manifest_path, idx_path):
-            os.replace(_temporary(path), path)
+            os.replace(self._files[path].name, path)
         self._close()
-        directory = os.open(bin_path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(bin_path.parent)
 
     def _open(self, path: Path) -> IO[bytes]:
-        # Not "wb": that would cut the file of a process that is still writing it, before the lock could say so.
-        file = open(_temporary(path), "ab", buffering=1 << 20)  # noqa: SIM115 - closed by _close, which every way out reaches
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise InputError(f"{path}: another process is writing it. Wait for its end or choose another --output.") from None
-        except OSError:
-            pass  # some network file systems have no locks; then nothing guards against a second process
-        self._files.append(file)
-        file.truncate(0)
-        return file
+        self._files[path] = create_file(work_path(path))
+        return self._files[path]
 
     def _close(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             with suppress(OSError):  # on a full disk closing fails too; what matters was flushed before
                 file.close()
         self._files.clear()
+        self._held.close()
 
     def _discard(self) -> None:
-        ours = bool(self._files)
+        for file in self._files.values():
+            Path(file.name).unlink(missing_ok=True)
         self._close()
-        if ours:
-            for path in self.paths:
-                _temporary(path).unlink(missing_ok=True)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -275,10 +265,6 @@ class IndexedDatasetWriter:
 def _paths(prefix: str) -> tuple[Path, Path, Path]:
     # Not Path.with_suffix, which would take "v1" off "corpus.v1".
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp")
 
 
 def _number(value: int | str) -> str:

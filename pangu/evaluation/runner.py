@@ -17,7 +17,7 @@ from megatron_ext.topology import Groups
 from pangu.errors import InputError
 from pangu.evaluation.answering import Record
 from pangu.evaluation.examples import Example
-from pangu.files import write_durably
+from pangu.files import append_to, write_durably
 
 EXAMPLES_A_ROUND = 32
 """Number of examples that each copy of the model processes between two writes; a kill loses at most these, and batches are made of them."""
@@ -105,7 +105,7 @@ def _resume(path: Path, header: Record, order: Sequence[int]) -> list[Record]:
 
 def _append(path: Path, records: Sequence[Record]) -> None:
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with append_to(path) as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     except OSError as error:
         raise InputError(

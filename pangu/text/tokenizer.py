@@ -17,13 +17,16 @@ import re
 from collections.abc import Collection, Iterable
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from pangu.errors import InputError
+from pangu.files import create_file, read_bytes, write_durably
 from pangu.text.segmentation import Segmenter
 
 MODEL_FILE = "vocab.model"
+MAX_MODEL_BYTES = 2**26  # the published one has less than a MiB
 
 # SentencePiece drops spaces and newlines, so they are replaced by characters that text hardly uses (ids 4 and 3 in the published model).
 SPACE_PIECE, NEWLINE_PIECE = "\u2582", "\u2583"
@@ -50,26 +53,12 @@ class PanguTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
-        self.path = path / MODEL_FILE if path.is_dir() else path
-        try:
-            self._model = self.path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot read the tokenizer model ({error.strerror}). Give a directory with {MODEL_FILE}, or the file."
-            ) from None
+        self.path, self._model = _read_model(Path(path))
         self._load()
 
     def _load(self) -> None:
         self.sha256 = hashlib.sha256(self._model).hexdigest()
-        self._pieces = sentencepiece.SentencePieceProcessor()
-        try:
-            self._pieces.LoadFromSerializedProto(self._model)
-        except RuntimeError:
-            raise InputError(
-                f"{self.path}: {len(self._model):,} bytes that are not a SentencePiece model. Copy {MODEL_FILE} again, or train one with "
-                "tools/train_tokenizer.py."
-            ) from None
+        self._pieces = _parsed(self._model, self.path)
         self.vocab_size = self._pieces.get_piece_size()
         unknown = self._pieces.unk_id()
         missing = [
@@ -218,19 +207,54 @@ def write_model(model: bytes, directory: str | os.PathLike[str]) -> Path:
         InputError: if the directory cannot be created or written.
     """
     target = make_directory(directory) / MODEL_FILE
-    beside = target.with_name(f".{MODEL_FILE}.{os.getpid()}")
     try:
-        try:
-            with beside.open("wb") as file:
-                file.write(model)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_durably(target, model)
     except OSError as error:
         raise InputError(f"{target}: cannot be written ({error.strerror}). Choose another directory, or free some space.") from None
     return target
+
+
+def copy_model(source: Path, directory: Path) -> None:
+    """Copy a SentencePiece model to `directory`/vocab.model. Anything else is refused: `source` may be a link to a file that is not meant.
+
+    Args:
+        source: the file, or the directory that holds it as `vocab.model`.
+        directory: exists, and holds no `vocab.model` yet.
+
+    Raises:
+        InputError: if the source cannot be read or is not a SentencePiece model.
+        OSError: if the copy cannot be written.
+    """
+    path, model = _read_model(Path(source))
+    _parsed(model, path)
+    with create_file(directory / MODEL_FILE) as file:
+        file.write(model)
+
+
+def _read_model(path: Path) -> tuple[Path, bytes]:
+    """The file of a SentencePiece model, and its bytes."""
+    path = path / MODEL_FILE if path.is_dir() else path
+    try:
+        return path, read_bytes(path, MAX_MODEL_BYTES)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot read the tokenizer model ({error.strerror}). Give a directory with {MODEL_FILE}, or the file."
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}, which no tokenizer model has. Give a directory with {MODEL_FILE}, or the file.") from None
+
+
+def _parsed(model: bytes, path: Path) -> Any:
+    """The SentencePiece processor of a model."""
+    pieces = sentencepiece.SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(model)
+    except RuntimeError:
+        raise InputError(
+            f"{path}: {len(model):,} bytes that are not a SentencePiece model. Copy {MODEL_FILE} again, or train one with "
+            "tools/train_tokenizer.py."
+        ) from None
+    return pieces
 
 
 def make_directory(directory: str | os.PathLike[str]) -> Path:

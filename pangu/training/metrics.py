@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_ext import accelerator
 from pangu.config import Config
+from pangu.files import append_to, open_file
 
 
 class Metrics:
@@ -30,7 +31,7 @@ class Metrics:
         directory = config.run.dir
         directory.mkdir(parents=True, exist_ok=True)
         # One write a line, at the end of the file: a kill can cut only the last line, and a resumed run appends.
-        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed by `close`)
+        self._file = append_to(directory / "metrics.jsonl")
         _end_last_line(self._file, directory / "metrics.jsonl")
         self._tensorboard = _summary_writer(directory / "tensorboard", first_step) if config.run.tensorboard else None
         self._progress: Progress | None = None
@@ -141,7 +142,7 @@ _OPTIONAL = ("mfu", "loss_scale")
 def _end_last_line(file: Any, path: Path) -> None:
     """A line that a kill cut short must not swallow the next one."""
     if path.stat().st_size:
-        with open(path, "rb") as existing:
+        with open_file(path) as existing:
             existing.seek(-1, 2)
             if existing.read(1) != b"\n":
                 file.write("\n")

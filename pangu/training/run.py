@@ -21,6 +21,7 @@ from pangu.data.build import build_datasets
 from pangu.engine.engine import TrainingEngine
 from pangu.engine.manifest import Progress
 from pangu.errors import InputError, explain
+from pangu.files import write_durably
 from pangu.planner.memory import ACCELERATOR, CPU
 from pangu.text.tokenizer import PanguTokenizer
 from pangu.training.checkpoint import claim_directory, find_checkpoint, finished_step, load_checkpoint
@@ -99,7 +100,7 @@ def _run(
     progress = load_checkpoint(engine, checkpoint) if checkpoint else Progress()
     if groups.world.rank == 0:
         config.run.dir.mkdir(parents=True, exist_ok=True)
-        (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_durably(config.run.dir / "config.yaml", config.to_yaml())
     metrics = Metrics(config, progress.step) if groups.world.rank == 0 else None
     if metrics:
         epochs = config.train.steps * config.train.global_batch_size * config.train.sequence_length / training.tokens_per_epoch

@@ -7,6 +7,7 @@ operators that took most time.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ class StepProfile:
             print(f"profile of {self._span()} in {self._directory}, written in {seconds:.1f} s", flush=True)
 
     def _write(self, suffix: str, write: Any) -> None:
-        partial, final = (self._directory / f"{prefix}rank-{self._rank}.{suffix}" for prefix in ("partial-", ""))
+        final = self._directory / f"rank-{self._rank}.{suffix}"
+        partial = self._directory / f"partial-{secrets.token_hex(4)}-{final.name}"  # torch looks at the end of the name
         try:
             write(partial)
             publish(partial, final)

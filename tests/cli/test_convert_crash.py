@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,7 @@ def test_a_kill_at_any_step_of_publishing_loses_nothing(old: str, new: str, tmp_
             files.publish(partial, final)
 
         ended.append(run_forked(publish))
-        replaced = folder / "out.replaced"
-        state = (whole(final), whole(replaced))
+        state = (whole(final), next(map(whole, folder.glob("out.*.replaced")), None))
         seen.add(state)
         assert state[0] in ("old", "new") or state == (None, "old"), f"after {len(ended) - 1} steps: {state}"
         if old == new == "file":
@@ -187,7 +188,7 @@ def test_the_next_conversion_follows_a_killed_one(to: str, tmp_path: Path) -> No
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert run_forked(lambda: convert(weights, to, tmp_path / "out", WriteOptions(), advance=die)) == -signal.SIGKILL
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.lock", "out.partial"]
+    assert sorted(re.sub(r"\.[0-9a-f]{8}\.", ".", path.name) for path in tmp_path.iterdir()) == ["out.lock", "out.partial"]
     convert(weights, to, tmp_path / "out", WriteOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert equal(open_weights(tmp_path / "out", HEADS), weights)
@@ -205,7 +206,7 @@ def test_the_tool_follows_its_killed_self(large: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     killed = subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "out.ckpt").exists() and (tmp_path / "out.ckpt.partial").exists()
+    assert not (tmp_path / "out.ckpt").exists() and len(list(tmp_path.glob("out.ckpt.*.partial"))) == 1
     again = subprocess.run([sys.executable, str(ROOT / "tools/convert_checkpoint.py"), *words], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.ckpt"]
@@ -214,7 +215,7 @@ def test_the_tool_follows_its_killed_self(large: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 def test_what_a_killed_replacement_has_moved_away_is_brought_back(force: bool, tmp_path: Path) -> None:
-    convert(small_weights(seed=1), "npy", tmp_path / "out.replaced", WriteOptions())
+    convert(small_weights(seed=1), "npy", tmp_path / "out.01234567.replaced", WriteOptions())
     if force:
         convert(small_weights(seed=2), "npy", tmp_path / "out", WriteOptions(), force=True)
     else:
@@ -294,3 +295,50 @@ def test_a_source_that_disappears_is_not_called_an_output_that_cannot_be_written
     with pytest.raises(InputError) as caught:
         convert(weights, "npy", tmp_path / "out", WriteOptions())
     assert "cannot be written" not in str(caught.value) and not any(tmp_path.iterdir())
+
+
+# --- what --force does not remove --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", WRITABLE)
+def test_an_output_that_holds_the_input_or_strangers_is_refused_even_with_force(to: str, tmp_path: Path) -> None:
+    source = tmp_path / "big/sub/weights"
+    convert(small_weights(), "npy", source, WriteOptions())
+    weights = open_weights(source, HEADS)
+    for output in (tmp_path / "big", source):
+        with pytest.raises(InputError, match="holds the input"):
+            convert(weights, to, output, WriteOptions(), force=True)
+    output = tmp_path / "out"
+    convert(weights, to, output, WriteOptions())
+    convert(weights, to, output, WriteOptions(), force=True)  # a converter's own
+    if output.is_dir():
+        (output / "notes.txt").write_text("mine")
+        told = r"notes\.txt: was not written by a conversion"
+    else:
+        output.write_text("mine")
+        told = "out: was not written by a conversion"
+    with pytest.raises(InputError, match=told):
+        convert(weights, to, output, WriteOptions(), force=True)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    with pytest.raises(InputError, match=r"holds the input|was not written"):
+        convert(small_weights(), to, link, WriteOptions(), force=True)
+    assert equal(open_weights(source, HEADS), small_weights())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["big", "link", "out"]
+
+
+def test_a_directory_of_work_in_progress_that_is_somebody_elses_stays(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/notes.txt").write_text("mine")
+    convert(small_weights(), "npy", tmp_path / "out", WriteOptions())
+    assert (tmp_path / "out.partial/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", [name for name in WRITABLE if name != "mindspore"])
+def test_only_a_tokenizer_is_copied_as_the_tokenizer(to: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (tmp_path / "vocab.model").symlink_to(tmp_path / "secret")
+    weights = replace(small_weights(), tokenizer=tmp_path / "vocab.model")
+    with pytest.raises(InputError, match=r"vocab\.model: 10 bytes that are not a SentencePiece model"):
+        convert(weights, to, tmp_path / "out", WriteOptions())
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from helpers.layouts import random_batches
 from helpers.layouts import small_config as small_run
 from helpers.ranks import share
 from helpers.small_model import sharp_weights, small_config
+from helpers.tiny_tokenizer import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -432,9 +433,9 @@ def test_a_writer_that_fails_leaves_what_was_there(fails: str, tmp_path: Path, m
 def test_the_tokenizer_is_put_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     model = tmp_path / "tokenizer" / TOKENIZER
-    model.write_bytes(b"pieces")
+    model.write_bytes(tiny_model())
     for number, given in enumerate((model, model.parent)):
         write(tmp_path / str(number), tokenizer=given)
-        assert (tmp_path / str(number) / TOKENIZER).read_bytes() == b"pieces"
+        assert (tmp_path / str(number) / TOKENIZER).read_bytes() == tiny_model()
     write(tmp_path / "without")
     assert not (tmp_path / "without" / TOKENIZER).exists()

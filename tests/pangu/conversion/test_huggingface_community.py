@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.golden import golden_batch, golden_model
 from helpers.small_model import sharp_weights, small_config
+from helpers.tiny_tokenizer import tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -311,7 +312,7 @@ def test_no_file_is_larger_than_it_may_be(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_code_for_transformers_lies_beside_the_weights(tmp_path: Path) -> None:
     path = publish(tmp_path / "copy", tensors_of())
-    (path / "vocab.model").write_bytes(b"pieces")
+    (path / "vocab.model").write_bytes(tiny_model())
     huggingface.write(read(path), tmp_path / "ours", WriteOptions())
     written = {file.name for file in (tmp_path / "ours").iterdir()}
     code = {file.name for file in huggingface.REMOTE_CODE.glob("*.py")}
@@ -319,7 +320,7 @@ def test_the_code_for_transformers_lies_beside_the_weights(tmp_path: Path) -> No
     assert written >= code | {"config.json", "tokenizer_config.json", "vocab.model"}
     for name in code:
         assert (tmp_path / "ours" / name).read_bytes() == (huggingface.REMOTE_CODE / name).read_bytes()
-    assert (tmp_path / "ours" / "vocab.model").read_bytes() == b"pieces"
+    assert (tmp_path / "ours" / "vocab.model").read_bytes() == tiny_model()
     for file, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
         reference = json.loads((tmp_path / "ours" / file).read_text())["auto_map"][key]
         module, name = (reference if isinstance(reference, str) else reference[0]).split(".")

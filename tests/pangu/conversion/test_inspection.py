@@ -52,7 +52,7 @@ def written(path: Path, name: str, tensors: Tensors) -> Path:
 def changed(path: Path, name: str, change: Callable[[Tensors], Any]) -> Path:
     """A checkpoint whose stored tensors were changed, by the format's own names for those of `CONFIG`. The megatron one is of one file."""
     if name == "megatron":
-        convert(open_weights(written(path, name, tensors_of())), name, path, WriteOptions(), force=True)
+        convert(open_weights(written(path.with_name("split"), name, tensors_of())), name, path, WriteOptions())
         (file,) = path.rglob("*.pt")
         root = torch.load(file, weights_only=True)
         flat = {(*place[:-1], place[-1]): ours for ours, place in _megatron_places().items()}

@@ -14,6 +14,7 @@ import torch
 from helpers.golden import mindspore_name
 from helpers.megatron_files import assert_same, config_8, tensors_of, weights_of
 from helpers.ranks import share
+from helpers.tiny_tokenizer import tiny_model
 from torch import Tensor
 
 from megatron_ext.context import ParallelContext
@@ -131,12 +132,12 @@ def test_the_dialect_survives_and_the_user_may_overrule_it(tmp_path: Path) -> No
 
 def test_a_released_model_has_no_step(tmp_path: Path) -> None:
     config = config_8()
-    (tmp_path / "vocab.model").write_bytes(b"pieces")
+    (tmp_path / "vocab.model").write_bytes(tiny_model())
     write(weights_of(tensors_of(config), config, tokenizer=tmp_path / "vocab.model"), tmp_path / "out", WriteOptions())
     assert (tmp_path / "out" / TRACKER).read_text() == "release\n"
     found = read(tmp_path / "out", Overrides())
     assert found.step is None
-    assert found.tokenizer is not None and found.tokenizer.read_bytes() == b"pieces"
+    assert found.tokenizer is not None and found.tokenizer.read_bytes() == tiny_model()
 
 
 def test_dtype_of_the_output(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.golden import golden_weights
+from helpers.tiny_tokenizer import tiny_model
 
 from pangu.conversion import mindspore, npy
 from pangu.conversion.weights import Overrides, WriteOptions
@@ -63,9 +64,9 @@ def test_bfloat16_has_no_word(shared: Path, tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_goes_along(directory: Path, tmp_path: Path) -> None:
-    (directory / "vocab.model").write_bytes(b"model")
+    (directory / "vocab.model").write_bytes(tiny_model())
     npy.write(npy.read(directory, HEADS), tmp_path / "out", WriteOptions())
-    assert (tmp_path / "out/vocab.model").read_bytes() == b"model"
+    assert (tmp_path / "out/vocab.model").read_bytes() == tiny_model()
 
 
 def test_fortran_order_and_optimizer_states(shared: Path, directory: Path) -> None:

@@ -240,14 +240,16 @@ def test_two_writers_of_one_prefix(tmp_path: Path) -> None:
     prefix = tmp_path / "corpus"
     with IndexedDatasetWriter(prefix, **MANIFEST) as writer:
         writer.add(np.array([1, 9], writer.dtype), np.array([2], np.int32))
-        with pytest.raises(InputError, match=r"corpus\.bin: another process is writing it"):
+        with pytest.raises(InputError, match=rf"corpus\.bin: process {os.getpid()} on .* is writing it"):
             IndexedDatasetWriter(prefix, **MANIFEST)
     assert [list(ids) for ids in IndexedDataset(prefix)] == [[1, 9]]
 
 
 def test_what_a_killed_run_left_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "corpus.bin.tmp").write_bytes(b"left over")
+    (tmp_path / "corpus.bin.0123abcd.partial").write_bytes(b"left over")
+    (tmp_path / "corpus.bin.lock").write_bytes(b"process 1 on nowhere")
     assert [list(ids) for ids in IndexedDataset(write(tmp_path / "corpus"))] == DOCUMENTS
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx", "corpus.json"]
 
 
 def test_directory_that_cannot_be_written(tmp_path: Path) -> None:

@@ -66,10 +66,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     from megatron_ext.collectives import shutdown, world_rank
     from pangu.evaluation.answering import Answerer, max_new_tokens
+    from pangu.evaluation.figures import figures, markdown
     from pangu.evaluation.progress import progress_bar
     from pangu.evaluation.prompts import PromptBuilder
     from pangu.evaluation.readers import read_examples
-    from pangu.evaluation.report import figures, markdown
     from pangu.evaluation.runner import evaluation_order, fingerprint, run
     from pangu.evaluation.tasks import find_files, load_tasks
     from pangu.files import lock, write_durably

@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pangu.evaluation.answer_metrics import exact_match, f1, restore_punctuation, rouge_1
 from pangu.evaluation.examples import Example
-from pangu.evaluation.metrics import exact_match, f1, restore_punctuation, rouge_1
 from pangu.evaluation.prompts import PromptBuilder, Query
 from pangu.evaluation.scoring import Scorer
 from pangu.evaluation.tasks import Task

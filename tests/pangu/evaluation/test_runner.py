@@ -14,7 +14,7 @@ from megatron_ext.topology import Groups, Topology
 from pangu.errors import InputError
 from pangu.evaluation import runner
 from pangu.evaluation.examples import Example
-from pangu.evaluation.report import figures, markdown
+from pangu.evaluation.figures import figures, markdown
 from pangu.evaluation.runner import evaluation_order, run
 from pangu.evaluation.tasks import load_tasks
 

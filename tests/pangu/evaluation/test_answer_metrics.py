@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pangu.evaluation.metrics import bootstrap, exact_match, f1, restore_punctuation, rouge_1, segments, wilson
+from pangu.evaluation.answer_metrics import bootstrap, exact_match, f1, restore_punctuation, rouge_1, segments, wilson
 
 # What nltk.word_tokenize 3.10 (its Treebank part) gives.
 NLTK = {

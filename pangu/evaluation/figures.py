@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pangu.evaluation.answer_metrics import bootstrap, wilson
 from pangu.evaluation.answering import Record, answer_metrics
-from pangu.evaluation.metrics import bootstrap, wilson
 from pangu.evaluation.tasks import Task
 
 

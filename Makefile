@@ -9,7 +9,7 @@ DOCS_READY := $(VENV)/.installed-docs
 # What the documentation site holds: pages, and what they link to.
 DOCS   := README.md README.zh-CN.md CONTRIBUTING.md CHANGELOG.md LICENSE docs tests
 
-.PHONY: demo test test-slow soak check format docs install clean
+.PHONY: demo test test-slow soak coverage check format docs install clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -22,6 +22,9 @@ test-slow: $(READY)
 
 soak: $(READY)
 	$(BIN)/python tests/faults/soak.py
+
+coverage: $(READY)
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-report=html:build/coverage
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ DOCS_READY := $(VENV)/.installed-docs
 # What the documentation site holds: pages, and what they link to.
 DOCS   := README.md README.zh-CN.md CONTRIBUTING.md CHANGELOG.md LICENSE docs tests
 
-.PHONY: demo test test-slow soak coverage check format docs install clean
+.PHONY: demo test test-slow soak coverage check format docs install constraints clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -43,14 +43,18 @@ docs: $(DOCS_READY)
 
 install: $(READY)
 
-$(READY): pyproject.toml
+# The versions that are installed now, without the local part of torch's (+cpu), as those that `make` installs from now on.
+constraints: $(DOCS_READY)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//; s/$$/; python_version >= "3.11"/' > constraints.txt
+
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d found, 3.10 or newer expected: set PYTHON=..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 $(DOCS_READY): $(READY)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[docs]"
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[docs]"
 	@touch $@
 
 clean:

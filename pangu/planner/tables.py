@@ -155,7 +155,7 @@ def draw(path: Path, outcome: Outcome, num_bars: int) -> None:
         values = [seconds_by_cause(one.time)[cause] for one in best]
         bars.bar(places, values, bottom=below, label=cause.replace("_", " "))
         below = [low + value for low, value in zip(below, values, strict=True)]
-    bars.set(xlabel="plan", ylabel="seconds a step", title="the best, by cause", xticks=places)
+    bars.set(xlabel="plan", ylabel="seconds per step", title="the best, by cause", xticks=places)
     figure.legend(fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from pangu.errors import exit_code
+
 VERBS = {
     "train": ("pangu.train", "pretrain or continue a model; under torchrun or deepspeed: -m pangu.train"),
     "generate": ("pangu.generate", "continue texts"),
@@ -22,6 +24,7 @@ VERBS = {
 """By verb: the module whose `main` it runs, and a summary. A module is imported when its verb is used."""
 
 
+@exit_code
 def main() -> None:
     """Run the program named by the first argument; without one, or with --help, print the table. An unknown verb exits with 2."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"

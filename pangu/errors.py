@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 
 from megatron_ext.errors import LayoutError, RendezvousError
@@ -44,17 +48,73 @@ def one_line(text: str) -> str:
 
 
 def exit_code(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a program's `main`: refused input prints `error: ...` on standard error and exits 2; other exceptions keep their traceback."""
+    """Wrap a program's `main`, so that every program ends in the same way.
+
+    Refused input prints `error: ...` on standard error and exits 2; Ctrl-C prints one line and exits 130; a reader of the output that goes
+    away, such as `head`, ends the program quietly with 141, as the signal would; an output that cannot be written, such as a full disk, is
+    refused input. Other exceptions keep their traceback. Text that the terminal's encoding cannot show is escaped.
+    """
 
     @wraps(main)
     def wrapped() -> None:
+        _prepare_streams()
         try:
-            main()
+            try:
+                main()
+            except SystemExit:  # of argparse, or a program's own exit code
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
         except _REFUSALS as error:
             if int(os.environ.get("LOCAL_RANK", "0")) > 0:
                 # All ranks are refused alike, as a rule. The first of each server says it, and the launcher ends the others meanwhile.
                 time.sleep(_LAUNCHER_SECONDS)
-            print(explain(error)[0], file=sys.stderr, flush=True)
-            sys.exit(2)
+            _leave(explain(error)[0], 2)
+        except KeyboardInterrupt as interruption:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt this
+            _leave(str(interruption) or "interrupted.", INTERRUPTED)
+        except BrokenPipeError:
+            _leave(None, BROKEN_PIPE)
+        except OSError as error:
+            if error.errno not in _STREAM_ERRORS or error.filename is not None:
+                raise
+            _leave(f"error: {_STREAM_ERRORS[error.errno]} ({error.strerror}).", 2)
 
     return wrapped
+
+
+INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+"""Exit codes, as a shell gives them for the signals."""
+_STREAM_ERRORS = {
+    errno.ENOSPC: "standard output cannot be written. Free some space, or redirect it elsewhere",
+    errno.EDQUOT: "standard output cannot be written. Free some space, or redirect it elsewhere",
+    errno.EIO: "standard output cannot be written. Redirect it to a file",
+    errno.EBADF: "standard output cannot be written. Redirect it to a file",
+    errno.EMFILE: "too many open files. Raise the limit (`ulimit -n`)",
+}
+
+
+def _prepare_streams() -> None:
+    """Make standard streams usable. One that is closed reads and writes nothing, and no file that is opened later takes its place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the end)
+        elif isinstance(stream, io.TextIOWrapper) and mode == "w":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave(message: str | None, code: int) -> None:
+    """Print a last line and exit. What standard output still holds is lost if it cannot be written: nothing may fail from here on."""
+    if message is not None:
+        with suppress(OSError, ValueError):
+            print(message, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

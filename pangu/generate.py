@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pangu.errors import InputError, exit_code
+from pangu.files import read_bytes
 
 if TYPE_CHECKING:
     from megatron_ext.topology import Group
     from pangu.inference.generation import TextGenerator
 
 STANDARD_INPUT = "-"
+MAX_PROMPT_BYTES = 2**28
+"""Largest file of prompts."""
 
 
 @exit_code
@@ -61,6 +64,7 @@ def main() -> None:
         "truncate_prompts": arguments.truncate_prompt,
         **sampling,
     }
+    ascii_only = not sys.stdout.encoding.lower().startswith("utf")  # JSON is UTF-8, or else it escapes what is not ASCII
     if arguments.interactive:
         _converse(generator, group, first, options)
     for begin in range(0, len(prompts), arguments.batch_size):
@@ -69,7 +73,7 @@ def main() -> None:
         for number, generation in enumerate(generations if first else []):
             if arguments.json:
                 shown = {name: value for name, value in vars(generation).items() if name != "logprobs" or arguments.logprobs}
-                print(json.dumps({"prompt": batch[number // arguments.num_samples], **shown}, ensure_ascii=False), flush=True)
+                print(json.dumps({"prompt": batch[number // arguments.num_samples], **shown}, ensure_ascii=ascii_only), flush=True)
             else:
                 print(generation.text, flush=True)
     shutdown()
@@ -147,12 +151,14 @@ def _parser() -> argparse.ArgumentParser:
 def _read(path: str) -> str:
     """A text file, or standard input. Raises InputError if it cannot be read."""
     try:
-        content = sys.stdin.buffer.read() if path == STANDARD_INPUT else Path(path).read_bytes()
+        content = sys.stdin.buffer.read() if path == STANDARD_INPUT else read_bytes(Path(path), MAX_PROMPT_BYTES)
         return content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"--prompt-file {path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt-file {path}: byte {error.start:,} is not UTF-8. Convert it, for instance with iconv.") from None
+    except ValueError as error:
+        raise InputError(f"--prompt-file {path}: {error}. Split it.") from None
 
 
 def parse_lines(name: str, text: str) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 
@@ -55,8 +54,7 @@ def main() -> None:
     try:
         summary = preprocess(args.input, PanguTokenizer(args.tokenizer), args.output, workers=args.workers, json_key=args.json_key)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written.", file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt("interrupted: nothing was written.") from None
     print(
         f"{summary.documents:,} documents ({summary.empty:,} empty ones left out), {summary.tokens:,} tokens in {summary.seconds:.1f} s "
         f"({summary.tokens / summary.seconds:,.0f} tokens/s): {', '.join(map(str, summary.files))}"

@@ -11,15 +11,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pangu.errors import InputError
+from pangu.files import parse_json, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, without three surprises: the last of two equal keys winning in silence, dates, and 10:30 being the number 630.
+    """YAML's safe loader, without four surprises: references, of which some hundred bytes make gigabytes; the last of two equal keys
+    winning in silence; dates; and 10:30 being the number 630.
 
     The last two are text here.
     """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"*{event.anchor} refers to another value; write it out", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -49,6 +57,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
         line = f"line {mark.line + 1}: " if mark else ""
@@ -74,9 +84,11 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is not valid JSON, or holds something else than an object.
     """
     try:
-        values = json.loads(_read_text(path))
+        values = parse_json(_read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: not valid JSON ({error.msg}).") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: an object in braces is expected, found {values!r}.")
     return values
@@ -149,8 +161,10 @@ def apply_override(values: dict[str, Any], override: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text.") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; a configuration has fewer.") from None

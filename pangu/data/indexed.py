@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from pangu.errors import InputError
-from pangu.files import create_file, lock, remove_leftovers, sync, work_path
+from pangu.files import MAX_TEXT_BYTES, create_file, lock, open_file, read_bytes, remove_leftovers, sync, work_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -273,7 +273,8 @@ def _number(value: int | str) -> str:
 
 def _file_size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        with open_file(path) as file:
+            return os.fstat(file.fileno()).st_size
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}. A data set is a PREFIX.bin and a PREFIX.idx, given as PREFIX: {path.with_suffix('')} was given."
@@ -284,7 +285,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int32], NDArray[n
     """Dtype, sizes (a copy: the file's array is not aligned) and pointers (mapped) of an index whose length agrees with its header."""
     file_bytes = _file_size(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             header = file.read(HEADER.size)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
@@ -350,7 +351,7 @@ def _check_pointers(path: Path, sizes: NDArray[np.int32], pointers: NDArray[np.i
 
 def _read_manifest(path: Path) -> Manifest | None:
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(read_bytes(path, MAX_TEXT_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -359,6 +360,8 @@ def _read_manifest(path: Path) -> Manifest | None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
         raise InputError(f"{path}: {key}: {first['msg']}. The manifest is damaged or of another version: {AGAIN}.") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}, more than a manifest has. It is damaged: {AGAIN}.") from None
 
 
 def _write_index(file: IO[bytes], dtype: np.dtype[Any], sizes: NDArray[np.int32]) -> None:

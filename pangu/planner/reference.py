@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_ext.topology import Topology
 from pangu.config import ModelConfig
 from pangu.errors import InputError, one_line
+from pangu.files import read_text
 from pangu.planner.hardware import Cluster, load_cluster
 from pangu.planner.plan import Plan, Recompute, Workload
 
@@ -107,9 +108,7 @@ def read_runs(path: Path | str, clusters: Path) -> list[Row]:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes; a table of runs has less than {MAX_BYTES:,}.")
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, MAX_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 import zstandard
 
 from pangu.errors import InputError
+from pangu.files import open_file
 
 # A task for a worker: about a tenth of a second of tokenizing.
 BLOCK_BYTES = 1 << 18
@@ -45,7 +46,7 @@ def input_size(path: Path) -> int:
     """
     _format(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return os.fstat(file.fileno()).st_size
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
@@ -61,7 +62,7 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     boundaries = (b"\n",) if _format(path) == ".jsonl" else (b"\n\n", b"\n\r\n")
     pending = bytearray()
     offset, line, searched = 0, 1, 0
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for piece in _decompressed(file, path, block_bytes):
             pending += piece
             if len(pending) < block_bytes:

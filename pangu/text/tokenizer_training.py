@@ -13,6 +13,7 @@ from pathlib import Path
 import sentencepiece
 
 from pangu.errors import InputError
+from pangu.files import open_file
 from pangu.text.segmentation import Segmenter
 from pangu.text.tokenizer import (
     EOD,
@@ -100,7 +101,7 @@ class _Lines:
         for path in self.inputs:
             try:
                 # newline="" keeps "\r\n", which the tokenizer sees in use as well.
-                with open(path, encoding="utf-8", newline="") as file:
+                with io.TextIOWrapper(open_file(Path(path)), encoding="utf-8", newline="") as file:
                     for line in file:
                         if not line.isspace():
                             self.count += 1

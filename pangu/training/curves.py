@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pangu.errors import InputError
+from pangu.files import open_file
 
 # Unicode braille: a character is 2 x 4 dots, each a bit over U+2800. DOTS[row][column] is the dot's bit.
 BRAILLE, DOTS = 0x2800, ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -36,7 +37,8 @@ def read_run(directory: Path) -> Curves:
     """
     path = directory / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_file(path) as file:
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Name a run directory, one that training wrote into.") from error
     curves = Curves(str(directory))

@@ -12,7 +12,7 @@ from helpers.layouts import random_batches, small_config, start
 from megatron_ext.sharding import canonical_parameters
 from pangu.engine.checkpoint_files import load_files, save_files
 from pangu.engine.engine import TrainingEngine
-from pangu.engine.manifest import file_problem
+from pangu.engine.manifest import FileEntry, file_problem
 
 
 def state(engine: TrainingEngine) -> dict[str, torch.Tensor]:
@@ -36,7 +36,7 @@ def save_and_load(folder: str) -> dict[str, Any]:
     told: dict[str, Any] = {
         "files": sorted(described),
         "on disk": sorted(file.name for file in Path(folder).rglob("*") if file.is_file()),
-        "problems": [file_problem(Path(folder) / "step" / name, entry) for name, entry in described.items()],
+        "problems": [file_problem(Path(folder) / "step" / name, FileEntry(**entry)) for name, entry in described.items()],
         "its own writer is back": engine.engine.checkpoint_engine is own_writer,
     }
     saved, streams = state(engine), streams_of(engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from megatron_ext.sharding import canonical_parameters, spec_of
 from pangu.engine.checkpoint_reader import locate, open_checkpoint, read_tensors
-from pangu.engine.manifest import MANIFEST
+from pangu.engine.manifest import MANIFEST, Progress, read_manifest, sha256, write_manifest
 from pangu.errors import InputError
 
 Tensors = dict[str, Tensor]
@@ -24,15 +23,15 @@ def write(folder: Path, ranks: int = 1, **identity: Any) -> Tensors:
     folder.mkdir(parents=True)
     model = small_model()
     specs = {name: spec_of(parameter) for name, parameter in model.named_parameters()}
-    sizes = {}
+    files = {}
     for rank in range(ranks):
         slices = {name: specs[name].slice(value.detach(), rank, ranks).clone() for name, value in model.named_parameters()}
         file = folder / f"mp_rank_{rank:02d}_model_states.pt"
         torch.save({"module": slices}, file)
-        sizes[file.name] = {"bytes": file.stat().st_size}
-    said = {f"model.{key}": value for key, value in small_config().model_dump().items() if key != "preset"}
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    said = {f"model.{key}": value for key, value in small_config().identity().items()}
     said |= {"parallel.tensor": ranks, "parallel.pipeline": 1, "data-parallel size": 1, "parallel.zero_stage": 1, "train.precision": "fp32"}
-    (folder / MANIFEST).write_text(json.dumps({"identity": said | identity, "files": sizes, "progress": {"step": 3}}))
+    write_manifest(folder, Progress(step=3), said | identity, files)
     return {spec.name: parameter.detach() for spec, parameter in canonical_parameters(model)}
 
 
@@ -41,7 +40,7 @@ def test_slices_become_the_full_tensors(ranks: int, tmp_path: Path) -> None:
     """The vocabulary of 101 divides by neither 2 nor 4: its padding is dropped."""
     expected = write(tmp_path / "step_00000003", ranks)
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.config == small_config() and checkpoint.progress == {"step": 3} and checkpoint.layout["tensor"] == ranks
+    assert checkpoint.config == small_config() and checkpoint.progress == Progress(step=3) and checkpoint.layout["tensor"] == ranks
     found = read_tensors(checkpoint)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].read(), value) for name, value in expected.items())
@@ -60,11 +59,11 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("identity", "told"),
     [
-        ({"parallel.tensor": 0}, "no layout that can be"),
-        ({"parallel.tensor": 10**6}, "no layout that can be"),
-        ({"parallel.pipeline": "2"}, "no layout that can be"),
-        ({"train.precision": "fp8"}, "no layout that can be"),
-        ({"parallel.zero_stage": True}, "no layout that can be"),
+        ({"parallel.tensor": 0}, "impossible layout"),
+        ({"parallel.tensor": 10**6}, "impossible layout"),
+        ({"parallel.pipeline": "2"}, "impossible layout"),
+        ({"train.precision": "fp8"}, "impossible layout"),
+        ({"parallel.zero_stage": -1}, "impossible layout"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(identity: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_files_that_are_not_what_the_manifest_says_are_named(tmp_path: Path) -> 
     [
         (lambda module: module.pop("ln_f.weight"), "'ln_f.weight' is missing"),
         (lambda module: module.update(other=torch.ones(1)), "'other' is unknown"),
-        (lambda module: module.update({"ln_f.weight": 3}), "'ln_f.weight' is no tensor"),
+        (lambda module: module.update({"ln_f.weight": 3}), "'ln_f.weight' is not a tensor"),
         (lambda module: module.update({"ln_f.weight": torch.ones(7)}), r"transformer\.ln_f\.weight is saved as .* \[7\], expected \[32\]"),
         (lambda module: module.update({"ln_f.weight": torch.ones(32, dtype=torch.int64)}), "is saved as torch.int64"),
     ],
@@ -113,8 +112,7 @@ def test_a_file_of_another_model_is_refused(change: Any, told: str, tmp_path: Pa
     root = torch.load(file, weights_only=True)
     change(root["module"])
     torch.save(root, file)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][file.name]["bytes"] = file.stat().st_size
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest.progress, manifest.identity, {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}})
     with pytest.raises(InputError, match=told):
         read_tensors(open_checkpoint(folder))

@@ -41,7 +41,7 @@ class Story:
         monkeypatch.setattr(loop, "load_checkpoint", self.load)
         monkeypatch.setattr(loop, "verify", lambda path, world: None)
         monkeypatch.setattr(loop, "micro_batches", lambda *args, **rest: iter(()))
-        monkeypatch.setattr(loop.gc, "freeze", lambda: None)
+        monkeypatch.setattr(loop, "gc", SimpleNamespace(collect=int, freeze=int))  # of a whole test process, it takes a second
         self.saved: dict[Path, Progress] = {}
 
     def run(self, checkpoint: Path | None = None) -> str | None:

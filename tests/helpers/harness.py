@@ -15,6 +15,7 @@ __all__ = ["ENVIRONMENT", "PRELOAD", "RankError", "free_port", "run_distributed"
 
 # One thread a rank: more ranks than cores with two threads each run ten times slower.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+ENVIRONMENT["LOCAL_SIZE"] = "1"  # DeepSpeed would count the devices of a CPU by starting numactl, again and again under ZeRO-3
 ENVIRONMENT["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as pangu.train sets it, too late for the fork server
 PRELOAD = ["helpers.preload"]
 

@@ -46,7 +46,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
         ValueError: if it has more than `limit` bytes.
     """
     with open_file(path) as file:
-        content = file.read(limit + 1)
+        size = min(os.fstat(file.fileno()).st_size, limit)
+        content = file.read(size + 1)  # which takes as much memory as it is asked for
+        if len(content) > size:
+            content += file.read(limit + 1 - len(content))
     if len(content) > limit:
         raise ValueError(f"more than {limit:,} bytes")
     return content

@@ -67,7 +67,7 @@ def training_checkpoint(folder: Path) -> None:
     name = "mp_rank_00_model_states.pt"
     model = PanguModel(CONFIG, ParallelContext(device=torch.device("cpu")))
     torch.save({"module": dict(model.named_parameters()), "step": 3}, folder / name)
-    identity = {f"model.{key}": value for key, value in CONFIG.model_dump().items() if key != "preset"}
+    identity = {f"model.{key}": value for key, value in CONFIG.identity().items()}
     identity |= {"parallel.tensor": 1, "parallel.pipeline": 1, "data-parallel size": 1, "parallel.zero_stage": 1, "train.precision": "fp32"}
     manifest = {
         "identity": identity,

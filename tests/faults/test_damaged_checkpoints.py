@@ -50,7 +50,7 @@ def flips(data: bytes, bits: Iterator[int]) -> Iterator[bytes]:
 
 
 def test_every_single_bit_of_the_manifest_counts(runs: Path, tmp_path: Path) -> None:
-    step = Path(shutil.copytree(runs / "pipeline" / "step_00000002", tmp_path / "step_00000002"))
+    step = Path(shutil.copytree(runs / "one process" / "step_00000002", tmp_path / "step_00000002"))
     file, original = step / MANIFEST, (step / MANIFEST).read_bytes()
     assert problem_of(step) is None
     unnoticed = []

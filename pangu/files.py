@@ -12,7 +12,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
@@ -32,9 +32,10 @@ def open_file(path: Path) -> BinaryIO:
         OSError: also if it is not a regular file: reading a pipe would block, and a device never ends.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "no ordinary file")
+        raise OSError(errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else OSError(errno.EINVAL, "not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -189,6 +190,9 @@ def lock(path: Path) -> Iterator[None]:
             descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             if not _try_lock(descriptor):
                 _refuse_held(path, descriptor)
+            if not _is_at(descriptor, beside):  # between the two lines above another has taken it for a stale one
+                os.close(descriptor)
+                descriptor = None
         except FileExistsError:
             _remove_stale(path, beside)
     try:
@@ -226,10 +230,17 @@ def _remove_stale(path: Path, beside: Path) -> None:
         raise InputError(f"{beside}: is not a regular file; this file says who writes {path.name}. Remove it.")
     if not _try_lock(descriptor):
         _refuse_held(path, descriptor)
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(descriptor), os.lstat(beside)):  # or else its owner has just removed it, and this is another's
-            beside.unlink()
+    if _is_at(descriptor, beside):  # or else its owner has just removed it, and this is another's
+        beside.unlink()
     os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is what stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _refuse_held(path: Path, descriptor: int) -> NoReturn:

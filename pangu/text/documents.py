@@ -10,9 +10,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import zstandard
 
@@ -21,8 +21,10 @@ from pangu.files import open_file
 
 # A task for a worker: about a tenth of a second of tokenizing.
 BLOCK_BYTES = 1 << 18
-# Such a document is a file that lacks its separators, and would have to fit in memory whole.
-MAX_DOCUMENT_BYTES = 1 << 28
+# Such a document is a file that lacks its separators. Tokenizing it takes a hundred times its size.
+MAX_DOCUMENT_BYTES = 1 << 24
+# What a decompressor may remember: what `zstd --long=27` needs.
+MAX_WINDOW_BYTES = 1 << 27
 
 
 class Block(NamedTuple):
@@ -141,31 +143,76 @@ def _format(path: Path) -> str:
 
 
 def _decompressed(file: IO[bytes], path: Path, piece_bytes: int) -> Iterator[bytes]:
-    """The content of a file, piece by piece. A compressed file may be several that were joined."""
-    start: Callable[[], Any]
-    match path.suffix.lower():
-        case ".gz":
-            start = lambda: zlib.decompressobj(wbits=31)  # noqa: E731 - 31: with gzip's header
-        case ".zst":
-            start = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj  # 2 GiB: what `zstd --long=31` needs
-        case _:
-            while data := file.read(piece_bytes):
-                yield data
-            return
-    decompressor = None
-    while data := file.read(piece_bytes // 4):
-        while data:
-            if decompressor is None:
-                decompressor = start()
-            try:
-                yield decompressor.decompress(data)
-            except (zlib.error, zstandard.ZstdError) as error:
-                raise InputError(f"{path}: damaged near byte {file.tell():,}: {error}. Fetch the file again.") from None
-            # Zeros may pad a file to a whole number of tape blocks.
-            data = decompressor.unused_data.lstrip(b"\0")
-            if decompressor.eof:
-                decompressor = None
-    if decompressor is not None:
+    """The content of a file in pieces of `piece_bytes` or 128 KiB, however far it expands. A compressed file may be several, joined."""
+    try:
+        match path.suffix.lower():
+            case ".gz":
+                yield from _gunzipped(file, piece_bytes)
+            case ".zst":
+                yield from _unzstandard(file)
+            case _:
+                while data := file.read(piece_bytes):
+                    yield data
+    except EOFError:
         raise InputError(
             f"{path}: compressed data expected to go on, the file ends after {file.tell():,} bytes. It was cut off: fetch it again."
-        )
+        ) from None
+    except (zlib.error, zstandard.ZstdError) as error:
+        wide = " Compress it with a window of at most 128 MiB (--long=27)." if "too much memory" in str(error) else ""
+        raise InputError(f"{path}: damaged near byte {file.tell():,}: {error}.{wide or ' Fetch the file again.'}") from None
+
+
+def _gunzipped(file: IO[bytes], piece_bytes: int) -> Iterator[bytes]:
+    decompressor = None
+    data = b""
+    while data := data or file.read(piece_bytes // 4):
+        if decompressor is None:
+            # Zeros may pad a file to a whole number of tape blocks.
+            data = data.lstrip(b"\0")
+            decompressor = zlib.decompressobj(wbits=31) if data else None  # 31: with gzip's header
+            continue
+        yield decompressor.decompress(data, piece_bytes)
+        data = decompressor.unconsumed_tail
+        if decompressor.eof:
+            data, decompressor = decompressor.unused_data, None
+    if decompressor is not None:
+        raise EOFError
+
+
+def _unzstandard(file: IO[bytes]) -> Iterator[bytes]:
+    """Frame by frame and block by block (RFC 8878, 3.1): a block expands to 128 KiB, while the library expands all that it is given."""
+
+    def read(count: int) -> bytes:
+        if len(data := file.read(count)) < count:
+            raise EOFError
+        return data
+
+    while magic := file.read(1):
+        if magic == b"\0":
+            continue  # padding
+        magic += read(3)
+        if 0x184D2A50 <= int.from_bytes(magic, "little") <= 0x184D2A5F:  # a frame to be skipped
+            for length in _parts(int.from_bytes(read(4), "little")):
+                read(length)
+            continue
+        if magic != zstandard.FRAME_HEADER:
+            raise zstandard.ZstdError("no frame of Zstandard begins there")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+        descriptor = read(1)[0]
+        single, checksum = descriptor & 0x20, descriptor & 4
+        size_field = (1 if single else 0, 2, 4, 8)[descriptor >> 6]
+        rest = read((0 if single else 1) + (0, 1, 2, 4)[descriptor & 3] + size_field)
+        yield decompressor.decompress(magic + bytes([descriptor]) + rest)
+        last = 0
+        while not last:
+            head = read(3)
+            value = int.from_bytes(head, "little")
+            last, kind, size = value & 1, value >> 1 & 3, value >> 3
+            yield decompressor.decompress(head + read(1 if kind == 1 else size))
+        if checksum:
+            yield decompressor.decompress(read(4))
+
+
+def _parts(length: int) -> Iterator[int]:
+    for begin in range(0, length, BLOCK_BYTES):
+        yield min(BLOCK_BYTES, length - begin)

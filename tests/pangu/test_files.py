@@ -138,7 +138,7 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
 
 def count_up(path: str, results: Any) -> None:
     taken = 0
-    for _ in range(100):
+    for _ in range(1000):
         try:
             with files.lock(Path(path)):
                 file = Path(path + ".inside")

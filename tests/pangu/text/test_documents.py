@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import pytest
 import zstandard
+from helpers.bounded import bounded
 
 from pangu.errors import InputError
 from pangu.text import documents as text
@@ -159,3 +161,41 @@ def test_unreadable_file(tmp_path: Path) -> None:
     for name, reason in (("missing.txt", "No such file"), ("directory.txt", "Is a directory")):
         with pytest.raises(InputError, match=rf"{name}: cannot be read: {reason}"):
             input_size(tmp_path / name)
+
+
+def bomb(size: int, suffix: str) -> bytes:
+    """Some kilobytes that expand to `size` zeros."""
+    if suffix == ".gz":
+        packer = zlib.compressobj(9, wbits=31)
+        return b"".join(packer.compress(bytes(1 << 24)) for _ in range(size >> 24)) + packer.flush()
+    packer = zstandard.ZstdCompressor(level=19).compressobj()
+    return b"".join(packer.compress(bytes(1 << 24)) for _ in range(size >> 24)) + packer.flush()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_what_expands_beyond_any_document_is_refused_in_little_memory(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"corpus.jsonl{suffix}"
+    path.write_bytes(bomb(1 << 30, suffix))
+    assert path.stat().st_size < 1 << 21
+    with bounded(text.MAX_DOCUMENT_BYTES), pytest.raises(InputError, match="has more than 16 MiB"):
+        read(path)
+
+
+def test_a_frame_that_wants_a_large_window_is_refused(tmp_path: Path) -> None:
+    settings = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    path = tmp_path / "corpus.txt.zst"
+    packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path.write_bytes(packer.compress(b"text" * 100) + packer.flush())
+    with pytest.raises(InputError, match="window of at most 128 MiB"):
+        read(path)
+
+
+def test_zstandard_in_all_its_forms(tmp_path: Path) -> None:
+    data = "\n\n".join(f"第{number}篇 " + "x" * (number % 700) for number in range(3000)).encode()
+    for level in (-5, 1, 3, 19):
+        for checksum in (False, True):
+            for known in (False, True):
+                packer = zstandard.ZstdCompressor(level=level, write_checksum=checksum, write_content_size=known)
+                path = tmp_path / "corpus.txt.zst"
+                path.write_bytes(packer.compress(data) + packer.compress(b"\n\nlast"))
+                assert "\n\n".join(read(path)).encode() == data + b"\n\nlast"

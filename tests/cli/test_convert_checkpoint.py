@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_a_failed_conversion_leaves_what_was_there(tmp_path: Path, monkeypatch: 
         (output / "half").write_bytes(b"x")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(formats.FORMATS, "npy", formats.Format(FORMATS["npy"].detect, FORMATS["npy"].read, full))
+    monkeypatch.setitem(formats.FORMATS, "npy", replace(FORMATS["npy"], write=full))
     with pytest.raises(InputError, match="Free some space"):
         convert(weights(), "npy", tmp_path / "out", WriteOptions(), force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

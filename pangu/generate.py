@@ -64,7 +64,7 @@ def main() -> None:
         "truncate_prompts": arguments.truncate_prompt,
         **sampling,
     }
-    ascii_only = not sys.stdout.encoding.lower().startswith("utf")  # JSON is UTF-8, or else it escapes what is not ASCII
+    ascii_only = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")  # JSON is UTF-8, or else it escapes what is not ASCII
     if arguments.interactive:
         _converse(generator, group, first, options)
     for begin in range(0, len(prompts), arguments.batch_size):

@@ -12,6 +12,7 @@ from helpers.harness import RankError, run_distributed
 from helpers.layouts import random_batches, small_config, start
 
 from megatron_ext.topology import SINGLE
+from pangu.engine.manifest import read_manifest
 from pangu.errors import InputError
 from pangu.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from pangu.training.learning_rate import learning_rate
@@ -84,12 +85,23 @@ def test_damaged_checkpoints_are_passed_over_and_all_damaged_is_refused(tmp_path
         find_checkpoint(config, SINGLE)
 
 
+def save_twice(directory: str) -> None:
+    engine, progress = start(small_config(checkpoint={"dir": directory})), Progress(step=1)
+    for progress.consumed_samples in (8, 16):
+        save_checkpoint(engine, progress)
+
+
 def test_a_step_that_is_done_again_replaces_its_checkpoint(tmp_path: Path) -> None:
-    first = run_distributed(train_and_save, 1, str(tmp_path), {}, [1, 2], 2)[0]
-    (tmp_path / "step_00000001/manifest.json").rename(tmp_path / "kept.json")
-    (tmp_path / "step_00000002").rename(tmp_path / "aside")
-    assert run_distributed(train_and_save, 1, str(tmp_path), {}, [1, 2], 2)[0] == first  # step 1 has no manifest: from the start
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000001", "step_00000002"]
+    run_distributed(save_twice, 1, str(tmp_path))
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000001"]
+    assert read_manifest(tmp_path / "step_00000001").progress.consumed_samples == 16
+
+
+def test_a_run_whose_only_checkpoint_lost_its_manifest_does_not_start_anew_in_silence(tmp_path: Path) -> None:
+    run_distributed(train_and_save, 1, str(tmp_path), {}, [2], 2)
+    (tmp_path / "step_00000002/manifest.json").unlink()
+    with pytest.raises(RankError, match="none of its 1 checkpoints is intact"):
+        run_distributed(train_and_save, 1, str(tmp_path), {}, [2], 2)
 
 
 def test_mixed_runs_are_refused(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_collate_written_out() -> None:
     assert batch.labels.tolist() == [[9, 5, 6, 9, 7], [2, 3, 4, 9, 9]]
     assert batch.loss_mask.tolist() == [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
-    assert [tensor.dtype for tensor in batch] == [torch.int64, torch.int64, torch.float32, torch.int64]
+    assert [tensor.dtype for tensor in batch] == [torch.int64, torch.int64, torch.int64, torch.float32]
     assert all(tensor.is_contiguous() for tensor in batch)
 
 

@@ -116,7 +116,7 @@ def test_full_disk_on_the_way(
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    monkeypatch.setattr(indexed_module, "open", Full, raising=False)
+    monkeypatch.setattr(indexed_module, "create_file", lambda path: Full(path, "xb"))
     with pytest.raises(InputError, match=r"out\.bin: writing stopped after [\d,]+ bytes: No space left on device"):
         preprocess([corpus], tokenizer, tmp_path / "out", workers=workers)
     assert os.listdir(tmp_path) == []

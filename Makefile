@@ -8,14 +8,20 @@ READY  := $(VENV)/.installed
 DOCS_READY := $(VENV)/.installed-docs
 # What the documentation site holds: pages, and what they link to.
 DOCS   := README.md README.zh-CN.md CONTRIBUTING.md CHANGELOG.md LICENSE docs tests
+# The packages' own tests and the walls, without files that draw hundreds of inputs or import transformers.
+QUICK  := tests/pangu tests/megatron_ext tests/test_walls.py tests/test_mirror.py --ignore-glob=*fuzz* --ignore=tests/pangu/conversion/remote_code
 
-.PHONY: demo test test-slow soak coverage check format docs install constraints clean
+.PHONY: demo test quick test-slow soak coverage check format docs install constraints clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+# A file's tests stay on one of the two workers, so that they share what they prepare.
+quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --quick -r fE --durations 5 $(QUICK)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -36,7 +36,7 @@ def one_process(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.config.getoption("quick"):
             patch.setattr(subprocess.Popen, "__init__", skip)
-            patch.setattr(multiprocessing.process.BaseProcess, "start", skip)
+            patch.setattr(multiprocessing.process.BaseProcess, "__init__", skip)
         yield
 
 

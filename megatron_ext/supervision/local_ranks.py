@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -107,7 +106,7 @@ def _collect(pipes: list[Connection], processes: list[Any], stacks: list[Path], 
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                reason, value = pickle.loads(pipe.recv_bytes())
+                reason, value = pipe.recv()
             except EOFError:
                 processes[rank].join(5)
                 raise RankError(f"rank {rank} died with exit code {processes[rank].exitcode}", rank=rank) from None
@@ -125,7 +124,7 @@ def _rank_main(function: Callable[..., Any], args: tuple[Any, ...], place: dict[
             message = ("", function(*args))
         except BaseException as error:
             message = (f"{type(error).__name__}: {error}", traceback.format_exc())
-        pipe.send_bytes(pickle.dumps(message))
+        pipe.send(message)
         pipe.close()
         sys.stdout.flush()
         # Leave without destructors: a rank that waits for a failed peer in one would never end.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def load_tensors(path: Path, map_location: Any = None) -> Any:
             return torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}). Restore it, or resume from another checkpoint.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged file reaches torch's reader, which raises whatever it meets
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"names {found[1]}, which is neither a tensor nor a plain value" if found else f"is damaged ({type(error).__name__})"
         raise InputError(f"{path}: {what}. Nothing in it was executed. Do not trust it: resume from another checkpoint.") from None

@@ -41,7 +41,7 @@ from pangu.engine.manifest import (
 )
 from pangu.engine.reshard import load_resharded
 from pangu.errors import InputError
-from pangu.files import lock, recover, remove, sync, write_durably
+from pangu.files import lock, remove, sync, write_durably
 
 
 def save_checkpoint(engine: TrainingEngine, progress: Progress) -> Path:
@@ -173,7 +173,8 @@ def claim_directory(config: Config, world: Group) -> Iterator[None]:
                 root.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock(root))
                 for replaced in root.glob("step_*.replaced"):
-                    recover(replaced.with_suffix(""))  # a kill came before the new one had its name
+                    if not replaced.with_suffix("").exists():  # a kill came before the new one had its name
+                        os.rename(replaced, replaced.with_suffix(""))
                 for leftover in (*root.glob("step_*.partial"), *root.glob("step_*.removing"), *root.glob("step_*.replaced")):
                     remove(leftover)
             except InputError as error:

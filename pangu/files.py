@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NoReturn, TextIO
 from pangu.errors import InputError
 
 MAX_JSON_BYTES = 4 * 2**20
-"""Largest JSON file in bytes that is parsed: more than ten times the largest index or manifest. Parsed, it may take thirty times as
-much."""
+"""Largest JSON file in bytes that is parsed: more than ten times the largest index of weights. Parsed, it may take thirty times
+as much."""
 MAX_TEXT_BYTES = 2**20
 """Largest configuration or other text that people write by hand, in bytes."""
 
@@ -90,18 +90,6 @@ def load_json(path: Path) -> Any:
         ValueError: if it is not JSON, is nested too deeply, or is larger than `MAX_JSON_BYTES`.
     """
     return parse_json(read_text(path, MAX_JSON_BYTES))
-
-
-def copy_file(source: Path, target: Path, limit: int) -> None:
-    """Copy a file from elsewhere to a new name.
-
-    Raises:
-        OSError: see `open_file` and `create_file`.
-        ValueError: if it has more than `limit` bytes.
-    """
-    content = read_bytes(source, limit)
-    with create_file(target) as file:
-        file.write(content)
 
 
 def create_file(path: Path) -> BinaryIO:
@@ -253,7 +241,7 @@ def publish(partial: Path, final: Path) -> None:
     """Rename a finished file or directory to its final name, replacing what had that name, after flushing it to disk.
 
     A file replaces a file atomically. For directories that is not possible: a kill in between leaves the old one as
-    `NAME.replaced`, and `recover` restores it.
+    `NAME.XXXXXXXX.replaced`, and `recover` restores it.
     """
     for entry in sorted(partial.rglob("*")) if partial.is_dir() else []:
         sync(entry)

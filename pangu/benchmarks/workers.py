@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.supervision.local_ranks import free_port, rank_environment
 from pangu.benchmarks import harness
 from pangu.errors import InputError
 
@@ -89,20 +89,17 @@ def same_work(courses: Mapping[str, Course], names: Sequence[str]) -> None:
 @contextmanager
 def started(way: Way) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes of a way, which build it and wait; they are gone afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    environment |= {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment |= {"WORLD_SIZE": str(way.processes), "OMP_NUM_THREADS": str(way.threads)}
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": str(way.threads)}
     if way.allocator == "tuned":
         environment["GLIBC_TUNABLES"] = TUNED
     command = [sys.executable, "-m", "pangu.benchmarks.worker", way.program, way.allocator, json.dumps(way.config)]
     processes = []
     try:
         for rank in range(way.processes):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = environment | rank_environment(rank, way.processes, port)
             # Its errors go to ours: a pipe that nobody reads fills.
             processes.append(subprocess.Popen(command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         yield processes

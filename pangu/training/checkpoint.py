@@ -283,15 +283,13 @@ def load_checkpoint(engine: TrainingEngine, path: Path) -> Progress:
 
 def verify(path: Path, world: Group) -> str | None:
     """What is wrong with a checkpoint, or None. The ranks divide the hashing among themselves and all get the same answer."""
-    return next(filter(None, all_gather_objects(_problem_of(path, world), world)), None)
-
-
-def _problem_of(path: Path, world: Group) -> str | None:
-    manifest, problems = manifest_problems(path)
+    # One rank reads the manifest and lists the directory: thousands that do so at once are what a shared file system is slowest at.
+    manifest, problems = broadcast_object(manifest_problems(path) if world.rank == 0 else (None, []), world)
     if manifest is None or problems:
         return problems[0]
-    files = manifest.files
-    return next(filter(None, (file_problem(path / name, files[name]) for name in sorted(files)[world.rank :: world.size])), None)
+    mine = sorted(manifest.files)[world.rank :: world.size]
+    found = next(filter(None, (file_problem(path / name, manifest.files[name]) for name in mine)), None)
+    return next(filter(None, all_gather_objects(found, world)), None)
 
 
 def _differences(found: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -43,7 +43,8 @@ def run_ranks(
     """Call `function(*args)` on every rank of a fresh world and return what each returned, in rank order.
 
     Args:
-        function: defined at the top of a module. Its environment has the variables of `rank_environment`.
+        function: defined at the top of a module. Its environment has the variables of `rank_environment`. It returns plain values: torch
+            sends a tensor as memory of the process that has it, which ends.
         world_size: number of processes.
         args: must pickle.
         timeout: seconds until the group is killed.

@@ -5,6 +5,7 @@ The world is megatron_ext.supervision.local_ranks; here are its environment, its
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +22,14 @@ PRELOAD = ["helpers.preload"]
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90.0) -> list[Any]:
-    """See `run_ranks`."""
-    return run_ranks(_measured, world_size, function, *args, timeout=timeout, preload=PRELOAD)
+    """See `run_ranks`. Tensors in the results are copies."""
+    return [pickle.loads(result) for result in run_ranks(_measured, world_size, function, *args, timeout=timeout, preload=PRELOAD)]
 
 
-def _measured(function: Callable[..., Any], *args: Any) -> Any:
+def _measured(function: Callable[..., Any], *args: Any) -> bytes:
     """Call the function and keep what it covered under `make coverage`: a rank whose result has arrived is killed before it could."""
     try:
-        return function(*args)
+        return pickle.dumps(function(*args))
     finally:
         if (coverage := sys.modules.get("coverage")) and (measured := coverage.Coverage.current()):
             measured.save()
